@@ -30,7 +30,8 @@ from consumer.setting_names import is_service_address, suggestion, unknown_varia
 from generation_contracts import ArtifactReference, Subjects, Task
 from generation_contracts.base import pattern_message
 from generation_contracts.servers import Servers, parse_servers
-from generation_contracts.subjects import SUBJECT_PATTERN
+from generation_contracts.queues import QueueInfo
+from generation_contracts.subjects import SUBJECT_PATTERN, QueueName, require_queue_name
 
 _SPELLINGS = {"text2image": Task.TEXT_TO_IMAGE, "image2text": Task.IMAGE_TO_TEXT}
 # Characters that editors and `kubectl create secret --from-file` add to a value: ASCII white space,
@@ -281,7 +282,8 @@ class Settings(BaseSettings):
     )
 
     consumer_subject_root: str = "generation"
-    consumer_name: DurableName | None = Field(default=None, description="default: the task")
+    consumer_queue: QueueName | None = Field(default=None, description="default: the task")
+    consumer_name: DurableName | None = Field(default=None, description="default: the queue")
     consumer_worker: DurableName = Field(default_factory=_worker_name)
     consumer_max_ack_pending: Annotated[int, Field(ge=1, le=10_000)] = 1
     consumer_jobs_in_flight: Annotated[int, Field(ge=1, le=1_000)] | None = Field(
@@ -420,6 +422,11 @@ class Settings(BaseSettings):
                 wrong.append(
                     "CONSUMER_C2PA needs one of CONSUMER_C2PA_KEY and CONSUMER_C2PA_SIGNER"
                 )
+        if self.consumer_queue is not None and self.model_type is not None:
+            try:
+                require_queue_name(self.consumer_queue, self.model_type)
+            except ValueError as error:
+                wrong.append(f"CONSUMER_QUEUE: {error}")
         if self.gateway_bodies_bytes < self.gateway_max_body:
             wrong.append("GATEWAY_BODIES_BYTES must be at least GATEWAY_MAX_BODY")
         if wrong:
@@ -471,6 +478,18 @@ class Settings(BaseSettings):
         return self.model_type
 
     @property
+    def queue(self) -> QueueInfo:
+        """The queue of this daemon, with the model that its settings name.
+
+        Raises:
+            SettingsError: MODEL_TYPE is not set.
+        """
+        folder = Path(self.model_id).expanduser()
+        is_folder = bool(self.model_id) and folder.is_dir()
+        model = folder.resolve().name if is_folder else self.model_id
+        return QueueInfo(self.consumer_queue or str(self.task), self.task, model or None)
+
+    @property
     def _nats_key_file(self) -> bool:
         """Whether a file has the credentials."""
         return self.nats_creds is not None or self.nats_nkey_seed is not None
@@ -516,9 +535,9 @@ class Settings(BaseSettings):
         """Prefixes of the reply subjects to which this worker may publish."""
         return self.consumer_reply_prefixes or ("_INBOX.", f"{self.consumer_subject_root}.reply.")
 
-    def durable(self, task: Task) -> str:
-        """Return the name of the durable consumer of a task."""
-        return self.consumer_name or str(task)
+    def durable(self, queue: str) -> str:
+        """Return the name of the durable consumer of a queue."""
+        return self.consumer_name or str(queue)
 
     def shown(self, *, only_set: bool = False) -> dict[str, str]:
         """Return the settings by environment name, with secrets masked, for `consumer check`.

@@ -42,7 +42,8 @@ async def apply(
 
     The rule that lets the store delete uploads is optional: a store may refuse it.
 
-    If MODEL_TYPE is set, only the durable of that task is applied, otherwise all durables.
+    If MODEL_TYPE is set, only the durable of that task, or of CONSUMER_QUEUE, is applied, and
+    MODEL_ID is declared as the model of the queue. Otherwise the default durables are applied.
 
     Args:
         settings: All settings.
@@ -52,22 +53,26 @@ async def apply(
         The change of each resource, by name: created, updated or unchanged.
 
     Raises:
-        SettingsError: Settings of the store are wrong, or CONSUMER_NAME is set and MODEL_TYPE is
-            not; nothing has been changed.
+        SettingsError: Settings of the store are wrong, or CONSUMER_NAME or CONSUMER_QUEUE is set
+            and MODEL_TYPE is not; nothing has been changed.
         BusUnavailable, TopologyError, StoreUnavailable: The text is one line. After PartlyApplied,
             everything was applied except the resource that the line names.
     """
-    tasks = tuple(Task) if settings.model_type is None else (settings.model_type,)
-    if settings.consumer_name is not None and len(tasks) > 1:
+    if settings.model_type is not None:
+        queues: tuple[str, ...] = (settings.queue.name,)
+    else:
+        queues = tuple(str(task) for task in Task)
         # The second task would overwrite the first task's durable of the same name.
-        raise SettingsError("CONSUMER_NAME: set MODEL_TYPE too, it names the task of the durable")
+        for name in ("consumer_name", "consumer_queue"):
+            if getattr(settings, name) is not None:
+                raise SettingsError(f"{name.upper()}: set MODEL_TYPE too, it names the task")
     store_config(settings)  # wrong settings are found before anything is changed
     bus = await connect(settings, name="generation apply", within=CONNECT_WITHIN)
     left: PartlyApplied | None = None
     done: dict[str, str] = {}
     try:
         require_server_version(bus)
-        applying = partial(make_topology(settings, bus).apply, tasks)
+        applying = partial(make_topology(settings, bus).apply, queues)
         deadline = time.monotonic() + API_WITHIN
         done.update(await wait_until_available(applying, deadline=deadline))
     except PartlyApplied as error:

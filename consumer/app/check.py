@@ -165,7 +165,7 @@ async def _endpoints(settings: Settings) -> Finding:
 
 async def _streams(settings: Settings, bus: Bus) -> Finding:
     async def read_durable() -> str:
-        read = partial(make_topology(settings, bus).verify, settings.task)
+        read = partial(make_topology(settings, bus).verify, settings.queue.name)
         found = await wait_until_available(read, deadline=time.monotonic() + API_WITHIN)
         return (
             f"durable {found.name}: max_ack_pending {found.max_ack_pending}, "

@@ -8,8 +8,9 @@ from consumer.artifacts import ObjectStoreArtifacts, store_config
 from consumer.bus.connection import Bus
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
+from consumer.bus.queue_directory import QueueDirectory
 from consumer.bus.topology import DELIVERIES_PER_ATTEMPT, Durable, Topology
-from consumer.endpoints.cancellation import Cancellation, TaskFinalizer
+from consumer.endpoints.cancellation import Cancellation, QueueFinalizer
 from consumer.endpoints.worker_service import WorkerBackend, WorkerService
 from consumer.inference.run_queue import RunQueue
 from consumer.jobs.admission import Admission
@@ -20,7 +21,8 @@ from consumer.ports.model import ModelDescription, Runner
 from consumer.ports.telemetry import Observer
 from consumer.runners import ModelConfig, create_runner, find_setting_errors
 from consumer.settings import Settings, SettingsError
-from generation_contracts import Request, Task
+from generation_contracts import Request
+from generation_contracts.queues import QueueInfo
 
 log = structlog.get_logger()
 
@@ -34,6 +36,7 @@ def make_topology(settings: Settings, bus: Bus) -> Topology:
         max_ack_pending=settings.consumer_max_ack_pending,
         max_deliver=DELIVERIES_PER_ATTEMPT * settings.consumer_max_attempts,
         durable_name=settings.consumer_name,
+        queue=None if settings.model_type is None else settings.queue,
         replicas=settings.nats_replicas,
         sizes=settings.nats_stream_sizes,
     )
@@ -48,9 +51,9 @@ def make_artifacts(settings: Settings, observer: Observer) -> ObjectStoreArtifac
     return ObjectStoreArtifacts(store_config(settings), observer=observer)
 
 
-def make_admission(settings: Settings, task: Task) -> Admission:
-    """Return the admission stage, which decodes and validates the requests of a task."""
-    return Admission(task, settings.subjects, settings.reply_prefixes)
+def make_admission(settings: Settings, queue: QueueInfo) -> Admission:
+    """Return the admission stage, which decodes and validates the requests of a queue."""
+    return Admission(queue.task, settings.subjects, settings.reply_prefixes, queue.name)
 
 
 def make_run_queue(settings: Settings) -> RunQueue:
@@ -87,6 +90,7 @@ def make_worker_service(
     *,
     endpoints: Bus,
     queue: JetStreamQueue,
+    directory: QueueDirectory,
     workers: BroadcastWorkers,
     events: JetStreamEvents,
     artifacts: ObjectStoreArtifacts,
@@ -98,12 +102,13 @@ def make_worker_service(
 ) -> WorkerService:
     """Return the request-reply endpoints: calls of this worker's task, cancellations and uploads.
 
-    Cancellation covers every task because the other task may have no worker.
+    Cancellation covers every queue because another queue may have no worker.
 
     Args:
         settings: All settings.
         endpoints: The connection that carries the replies; see `connect_endpoints`.
         queue: Reads the requests in their streams.
+        directory: Lists the queues.
         workers: Broadcasts to all workers.
         events: Publishes events and requests.
         artifacts: The object store.
@@ -114,22 +119,24 @@ def make_worker_service(
         observer: Called for each refused call, and for each chain that breaks when a cancellation
             finds its request finished.
     """
-    finalizers = {
-        task: TaskFinalizer(
-            make_admission(settings, task),
-            Finalizer(
-                task=task,
-                worker=settings.consumer_worker,
-                model=model,
-                events=events,
-                artifacts=artifacts,
-                retry_delay=settings.consumer_retry_delay,
-                observer=observer,
-            ),
+
+    def finalizer_of(name: str) -> QueueFinalizer:
+        found = directory.latest[name]
+        finalizer = Finalizer(
+            task=found.task,
+            queue=found.name,
+            worker=settings.consumer_worker,
+            model=model,
+            events=events,
+            artifacts=artifacts,
+            retry_delay=settings.consumer_retry_delay,
+            observer=observer,
         )
-        for task in Task
-    }
-    cancellation = Cancellation(queue=queue, workers=workers, events=events, finalizers=finalizers)
+        return QueueFinalizer(make_admission(settings, found), finalizer)
+
+    cancellation = Cancellation(
+        queue=queue, workers=workers, events=events, finalizer_of=finalizer_of
+    )
     backend = WorkerBackend(
         task=settings.task,
         worker=settings.consumer_worker,

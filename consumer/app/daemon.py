@@ -54,6 +54,7 @@ from consumer.bus.lease_guard.guard import LeaseGuard
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
+from consumer.bus.queue_directory import QueueDirectory
 from consumer.bus.retries import RetryMover
 from consumer.bus.topology import Durable, Topology
 from consumer.inference.cancel_token import StopReason
@@ -123,6 +124,7 @@ class _Services:
     durable: Durable
     events: JetStreamEvents
     queue: JetStreamQueue
+    directory: QueueDirectory
     workers: BroadcastWorkers
 
 
@@ -135,7 +137,8 @@ class Daemon:
         self._runner = make_runner(settings)
         self._credentials = make_credentials(settings)
         self._task = settings.task
-        self._telemetry = Telemetry(Metrics(str(self._task)))
+        self._queue = settings.queue.name
+        self._telemetry = Telemetry(Metrics(str(self._task), self._queue))
         self._health = self._telemetry.health
         self._run_queue = make_run_queue(settings)
         self._inference: InferenceWorker | None = None
@@ -198,6 +201,7 @@ class Daemon:
                 self._settings,
                 endpoints=services.endpoints,
                 queue=services.queue,
+                directory=services.directory,
                 workers=services.workers,
                 events=services.events,
                 artifacts=services.artifacts,
@@ -237,12 +241,13 @@ class Daemon:
         artifacts = make_artifacts(self._settings, self._telemetry)
         stack.push_async_callback(artifacts.close)
         topology = make_topology(self._settings, bus)
-        ensure = partial(topology.ensure, self._task)
+        ensure = partial(topology.ensure, self._queue)
         durable = await wait_until_available(ensure, deadline=deadline)
         warn_of_short_batches(self._settings, durable)
         # After NATS: a slow store must not use up the time limit for NATS.
         await self._check_store(artifacts)
-        subjects, names = self._settings.subjects, topology.durables(self._task)
+        subjects, names = self._settings.subjects, {self._queue: durable.name}
+        directory = QueueDirectory(bus, subjects)
         return _Services(
             bus=bus,
             endpoints=endpoints,
@@ -251,8 +256,9 @@ class Daemon:
             ensure=ensure,
             durable=durable,
             events=JetStreamEvents(bus, subjects, ensure=ensure, observer=self._telemetry),
-            queue=JetStreamQueue(bus, subjects, names),
-            workers=BroadcastWorkers(bus, subjects, task=self._task, durables=names),
+            queue=JetStreamQueue(bus, subjects, names, directory),
+            directory=directory,
+            workers=BroadcastWorkers(bus, subjects, queue=self._queue, durables=names),
         )
 
     async def _close_model(self, inference: InferenceWorker) -> None:
@@ -277,7 +283,7 @@ class Daemon:
         return lease_guard
 
     def _make_context(self, bus: Bus, durable: Durable, lease_guard: LeaseGuard) -> DeliveryContext:
-        marks = AttemptMarks(bus, self._settings.subjects, self._task)
+        marks = AttemptMarks(bus, self._settings.subjects, self._queue)
         return DeliveryContext(bus, durable.ack_wait, marks, lease_guard)
 
     async def _connect(self, stack: AsyncExitStack) -> tuple[Bus, Bus]:
@@ -303,7 +309,7 @@ class Daemon:
         settings = self._settings
         return Executor(
             worker=settings.consumer_worker,
-            admission=make_admission(settings, self._task),
+            admission=make_admission(settings, settings.queue),
             limits=Limits(
                 # The values of the durable, not the settings: the heartbeat depends on ack_wait,
                 # and all workers of a durable must count attempts in the same way.
@@ -379,7 +385,7 @@ class Daemon:
         executor: Executor,
         stack: AsyncExitStack,
     ) -> None:
-        pull = await self._open_pull_loop(topology, topology.watcher(self._task), context, stack)
+        pull = await self._open_pull_loop(topology, topology.watcher(self._queue), context, stack)
         self._start_background_task(
             self._handle_advisories(pull, context, executor), "watch-advisories", stack
         )
@@ -387,7 +393,7 @@ class Daemon:
     async def _handle_advisories(
         self, pull: PullLoop, context: DeliveryContext, executor: Executor
     ) -> None:
-        stream = self._settings.subjects.requests_stream(self._task)
+        stream = self._settings.subjects.requests_stream(self._queue)
         while (advisory := await pull.next()) is not None:
             try:
                 delivery = await find_exhausted(context.bus, stream, advisory, context.marks)
@@ -408,9 +414,9 @@ class Daemon:
         events: JetStreamEvents,
         stack: AsyncExitStack,
     ) -> None:
-        durable = topology.retries(self._task)
+        durable = topology.retries(self._queue)
         pull = await self._open_pull_loop(topology, durable, context, stack)
-        mover = RetryMover(context.bus, self._task, durable, events)
+        mover = RetryMover(context.bus, self._queue, durable, events)
         self._start_background_task(self._move_retries(pull, mover), "move-retries", stack)
 
     async def _move_retries(self, pull: PullLoop, mover: RetryMover) -> None:
@@ -421,12 +427,13 @@ class Daemon:
         self, topology: Topology, durable: Durable, context: DeliveryContext, stack: AsyncExitStack
     ) -> PullLoop:
         """Start a pull loop on a durable of another stream than the requests."""
-        of = durable.stream.rpartition("_")[2].lower()  # its sequences are not those of requests
-        marks = AttemptMarks(context.bus, self._settings.subjects, self._task, of=of)
+        # The sequences of this stream are not those of requests.
+        of = "retries" if durable.stream == self._settings.subjects.retries_stream else "advisories"
+        marks = AttemptMarks(context.bus, self._settings.subjects, self._queue, of=of)
         pull = PullLoop(
             context.bus,
             durable,
-            ensure=partial(topology.ensure, self._task),
+            ensure=partial(topology.ensure, self._queue),
             context=replace(context, marks=marks),
         )
         await pull.start()

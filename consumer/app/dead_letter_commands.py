@@ -22,7 +22,7 @@ CONNECT_WITHIN = 5.0  # seconds
 EXIT_REFUSED = 1  # a dead letter does not exist, or cannot be replayed
 ID_PREFIX = "id:"  # request ids contain no colon
 TABLE_WIDTH = 10_000  # columns; at the terminal's width, rich would cut ids
-COLUMNS = ("SEQUENCE", "STORED", "TASK", "REQUEST ID", "CODE", "ATTEMPTS", "WORKER", "REASON")
+COLUMNS = ("SEQUENCE", "STORED", "QUEUE", "REQUEST ID", "CODE", "ATTEMPTS", "WORKER", "REASON")
 
 
 async def print_list(settings: Settings, *, code: str | None, as_json: bool) -> None:
@@ -168,8 +168,7 @@ def _table(rows: list[list[Text]]) -> str:
 
 
 def _row(letter: StoredDeadLetter) -> list[Text]:
-    task = "" if letter.task is None else str(letter.task)
-    request = (str(letter.sequence), _time(letter), task, letter.request_id, letter.code)
+    request = (str(letter.sequence), _time(letter), letter.queue, letter.request_id, letter.code)
     cells = (*request, letter.attempts, letter.worker, letter.reason)
     return [Text(_printable(cell)) for cell in cells]  # rich reads brackets in a str as markup
 
@@ -179,6 +178,7 @@ def _fields(letter: StoredDeadLetter) -> dict[str, Any]:
         "sequence": letter.sequence,
         "stored_at": _time(letter),
         "task": letter.task,
+        "queue": letter.queue,
         "request_id": letter.request_id,
         "code": letter.code,
         "reason": letter.reason,

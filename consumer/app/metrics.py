@@ -25,6 +25,8 @@ from generation_contracts import FailureCode, ModelInfo
 # A request in a long queue, or an output that waits for the store, takes hours.
 _BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400)
 
+_LABELS = ("task", "queue")  # of every series
+
 # The outcomes of `JobReport` that are not failure codes.
 _NO_FAILURES = ("succeeded", "cancelled", "already_done", "requeued", "abandoned")
 
@@ -55,25 +57,29 @@ class Metrics:
     Every time series is created here and not at its first increment. Prometheus sees no increase
     when a series appears with the value 1, so it would miss the first failure. Jobs also need no
     label lookup.
+
+    Args:
+        task: Task of the daemon.
+        queue: Queue of the daemon; empty: the default queue of the task.
     """
 
-    def __init__(self, task: str) -> None:
+    def __init__(self, task: str, queue: str = "") -> None:
         self.registry = CollectorRegistry()
-        self._task = task
+        self._labels = own = (task, queue or task)
 
         def histogram(name: str, text: str) -> Histogram:
-            metric = Histogram(name, text, ["task"], registry=self.registry, buckets=_BUCKETS)
-            return metric.labels(task)
+            metric = Histogram(name, text, _LABELS, registry=self.registry, buckets=_BUCKETS)
+            return metric.labels(*own)
 
         def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, ["task"], registry=self.registry).labels(task)
+            return Counter(name, text, _LABELS, registry=self.registry).labels(*own)
 
         def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, ["task"], registry=self.registry).labels(task)
+            return Gauge(name, text, _LABELS, registry=self.registry).labels(*own)
 
         def labelled(name: str, text: str, label: str, values: Iterable[str]) -> _LabelledCounter:
-            metric = Counter(name, text, ["task", label], registry=self.registry)
-            return _LabelledCounter(metric, task, tuple(map(str, values)))
+            metric = Counter(name, text, [*_LABELS, label], registry=self.registry)
+            return _LabelledCounter(metric, own, tuple(map(str, values)))
 
         self._jobs = labelled(
             "generation_jobs",
@@ -135,13 +141,13 @@ class Metrics:
         self._conditions = Gauge(
             "generation_ready_condition",
             "1 while a readiness condition is met",
-            ["task", "condition"],
+            [*_LABELS, "condition"],
             registry=self.registry,
         )
-        self._model = Info("generation_model", "The loaded model", ["task"], registry=self.registry)
-        build = Info("generation_build", "The version", ["task"], registry=self.registry)
-        build.labels(task).info({"version": version(SOFTWARE)})
-        self.registry.register(_LostLogLines(task))
+        self._model = Info("generation_model", "The loaded model", _LABELS, registry=self.registry)
+        build = Info("generation_build", "The version", _LABELS, registry=self.registry)
+        build.labels(*own).info({"version": version(SOFTWARE)})
+        self.registry.register(_LostLogLines(own))
         ProcessCollector(registry=self.registry)
 
     def job_started(self) -> None:
@@ -189,46 +195,46 @@ class Metrics:
 
     def model_loaded(self, model: ModelInfo) -> None:
         """Set the labels of the loaded model."""
-        self._model.labels(self._task).info(model.labels())
+        self._model.labels(*self._labels).info(model.labels())
 
     def readiness(self, conditions: Mapping[str, str | None]) -> None:
         """Set the readiness conditions: None, or the reason why a condition is not met."""
         for condition, reason in conditions.items():
-            self._conditions.labels(self._task, condition).set(reason is None)
+            self._conditions.labels(*self._labels, condition).set(reason is None)
 
 
 class _LostLogLines(Collector):
     """Collects the number of lost log lines at each scrape."""
 
-    def __init__(self, task: str) -> None:
-        self._task = task
+    def __init__(self, labels: tuple[str, str]) -> None:
+        self._labels = labels
 
     def collect(self) -> Iterator[Metric]:
         """Yield the counter."""
         counter = CounterMetricFamily(
             "generation_lost_log_lines",
             "Log lines that could not be written: closed pipe, full pipe or full disk",
-            labels=["task"],
+            labels=_LABELS,
         )
-        counter.add_metric([self._task], LogStream.lost_lines)
+        counter.add_metric(self._labels, LogStream.lost_lines)
         yield counter
 
 
 class _LabelledCounter:
-    """A counter of one task with a second label.
+    """A counter of one daemon with one more label.
 
     Args:
-        counter: The metric, with the labels `task` and the second one.
-        task: The value of the label `task`.
-        values: Values of the second label that are exported from the start, as 0.
+        counter: The metric, with the labels of the daemon and one more.
+        own: The values of the labels of the daemon.
+        values: Values of the last label that are exported from the start, as 0.
     """
 
-    def __init__(self, counter: Counter, task: str, values: tuple[str, ...]) -> None:
+    def __init__(self, counter: Counter, own: tuple[str, str], values: tuple[str, ...]) -> None:
         self._counter = counter
-        self._task = task
-        self._known = {value: counter.labels(task, value) for value in values}
+        self._own = own
+        self._known = {value: counter.labels(*own, value) for value in values}
 
     def count(self, value: str) -> None:
         """Add one to the series of a label value."""
         known = self._known.get(value)
-        (self._counter.labels(self._task, value) if known is None else known).inc()
+        (self._counter.labels(*self._own, value) if known is None else known).inc()

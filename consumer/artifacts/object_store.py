@@ -122,9 +122,9 @@ class ObjectStoreArtifacts:
     # -- the port ---------------------------------------------------------------------------------
 
     async def store(
-        self, task: Task, request_id: str, index: int, image: EncodedImage
+        self, queue: str, request_id: str, index: int, image: EncodedImage
     ) -> ImageArtifact:
-        """Store one output under `<prefix>/<task>/<request_id>/<index>-<sha256>.<extension>`.
+        """Store one output under `<prefix>/<queue>/<request_id>/<index>-<sha256>.<extension>`.
 
         The key has the first digits of the SHA-256. Two workers may run the same request (a lease
         expired, or two requests have one id), and neither may change an object that the event of
@@ -139,7 +139,7 @@ class ObjectStoreArtifacts:
             raise ValueError("a request id is 1-64 characters of A-Z a-z 0-9 _ -")
         bucket = self._config.bucket
         key = self._config.key(
-            task, request_id, f"{index}-{image.sha256[:DIGITS]}.{image.extension}"
+            queue, request_id, f"{index}-{image.sha256[:DIGITS]}.{image.extension}"
         )
         put = partial(self._put, image.media_type, md5=self._md5(image.data), sha256=image.sha256)
         etag = await self._run(partial(put, key, image.data))

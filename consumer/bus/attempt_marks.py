@@ -29,7 +29,7 @@ from consumer.bus.codes import WRONG_LAST_SEQUENCE
 from consumer.bus.connection import Bus
 from consumer.bus.reading import read_message
 from generation_client.submitting import NO_PUB_ACK
-from generation_contracts import Subjects, Task
+from generation_contracts import Subjects
 from generation_contracts.headers import EXPECTED_LAST_SUBJECT_SEQUENCE, MARK
 
 log = structlog.get_logger()
@@ -56,15 +56,15 @@ class AttemptMarks:
     Args:
         bus: The connection.
         subjects: Subjects of the installation.
-        task: Task of the messages.
+        queue: Queue of the messages.
         of: Name of the stream, as a subject token; empty for the request stream.
     """
 
-    def __init__(self, bus: Bus, subjects: Subjects, task: Task, *, of: str = "") -> None:
+    def __init__(self, bus: Bus, subjects: Subjects, queue: str, *, of: str = "") -> None:
         self._bus = bus
         self._stream = subjects.releases_stream
-        self._attempts = ".".join(filter(None, (subjects.releases(task), of)))
-        self._cancelled = ".".join(filter(None, (subjects.cancellation_marks(task), of)))
+        self._attempts = ".".join(filter(None, (subjects.releases(queue), of)))
+        self._cancelled = ".".join(filter(None, (subjects.cancellation_marks(queue), of)))
 
     async def mark_delivery(self, key: str, attempt: int, kind: AttemptMark) -> None:
         """Mark a delivery of a message. Never raises.

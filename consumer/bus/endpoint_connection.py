@@ -70,24 +70,23 @@ def is_reply_subject(subject: str, prefixes: tuple[str, ...], subjects: Subjects
 
 
 class EndpointClient(RobustClient):
-    """A client that publishes replies to inboxes and requests of one task, and drops the rest.
+    """A client that publishes replies to inboxes and requests, and drops the rest.
 
     nats-py itself replies to `$SRV.PING`, `INFO` and `STATS`, on any reply subject and with all
     headers of the message.
 
     Args:
         subjects: Subjects of the installation.
-        task: Task whose requests it may publish.
         inboxes: Prefixes of the allowed reply subjects.
         refused: Counts the dropped messages.
     """
 
     def __init__(
-        self, subjects: Subjects, task: Task, inboxes: tuple[str, ...], refused: RefusedReplies
+        self, subjects: Subjects, inboxes: tuple[str, ...], refused: RefusedReplies
     ) -> None:
         super().__init__()
         self._subjects = subjects
-        self._own_requests = (f"{subjects.request(task)}.", f"$SRV.PING.{SERVICE}.")
+        self._own_requests = (f"{subjects.root}.request.", f"$SRV.PING.{SERVICE}.")
         self._inboxes = inboxes
         self._refused = refused
 
@@ -146,7 +145,6 @@ async def connect_endpoints(settings: Settings, observer: Observer, *, within: f
     own = tuple(f"{each.nats_inbox_prefix}." for each in (settings, settings.endpoints))
     client = EndpointClient(
         settings.subjects,
-        settings.task,
         (*settings.reply_prefixes, *own),
         RefusedReplies(observer),
     )

@@ -34,7 +34,6 @@ from generation_contracts import (
     Request,
     StartedEvent,
     Subjects,
-    Task,
     encode,
 )
 from generation_contracts.headers import (
@@ -97,7 +96,7 @@ class JetStreamEvents:
         self._observer = observer
         self._refusing: dict[str, str] = {}  # reasons, by stream
 
-    async def find_result(self, task: Task, request_id: str) -> ResultEvent | None:
+    async def find_result(self, queue: str, request_id: str) -> ResultEvent | None:
         """Return the stored terminal event of a request, or None; waits for the bus.
 
         Reads from the leader of the stream. Deletes a message under the subject that is not an
@@ -105,12 +104,12 @@ class JetStreamEvents:
         continues, and `publish_result` raises.
         """
         found = await self._read(
-            self._subjects.results_stream, subject=self._subjects.result(task, request_id)
+            self._subjects.results_stream, subject=self._subjects.result(queue, request_id)
         )
         if found is None:
             return None
         try:
-            event = event_of(found, task, request_id)
+            event = event_of(found, queue, request_id)
         except ResultUnreadable:
             log.error("result_not_readable")  # noqa: TRY400 - the body must not be logged
             return None
@@ -133,7 +132,7 @@ class JetStreamEvents:
             ResultUnreadable: An event of an unknown contract version is stored.
         """
         stream = self._subjects.results_stream
-        subject = self._subjects.result(event.task, event.request_id)
+        subject = self._subjects.result(event.queue_name, event.request_id)
         headers = event_headers(event, trace_parent=trace_parent)
         headers[EXPECTED_LAST_SUBJECT_SEQUENCE] = "0"
         pause = FIRST_PAUSE
@@ -144,7 +143,7 @@ class JetStreamEvents:
             if found is None:
                 pause = await _back_off(pause)  # a cluster may be storing another event
                 continue
-            stored = event_of(found, event.task, event.request_id)
+            stored = event_of(found, event.queue_name, event.request_id)
             if stored is not None:
                 return stored
             # Publish during the deletion: a sender may occupy the subject repeatedly, and the first
@@ -187,11 +186,11 @@ class JetStreamEvents:
         if not self._bus.connected:
             return
         headers = event_headers(event, trace_parent=trace_parent)
-        subject = self._subjects.progress(event.task, event.request_id)
+        subject = self._subjects.progress(event.queue_name, event.request_id)
         await self._publish_once(subject, encode(event), headers, "progress_not_published")
 
     async def publish_request(
-        self, task: Task, request: Request, *, reply_to: str | None, trace_parent: str | None
+        self, queue: str, request: Request, *, reply_to: str | None, trace_parent: str | None
     ) -> None:
         """Queue the next request of a chain; waits for the bus, but not for a full stream.
 
@@ -201,8 +200,8 @@ class JetStreamEvents:
 
         Raises:
             MessageTooLarge: The request exceeds the limit of the server or of the stream.
-            QueueFull: The stream is full. Waiting could be a deadlock: the workers of another task
-                must make room, and they may wait for room in the stream of this task.
+            QueueFull: The stream is full. Waiting could be a deadlock: the workers of another queue
+                must make room, and they may wait for room in the stream of this queue.
         """
         headers = {MESSAGE_ID: _random_id()}
         if reply_to is not None:
@@ -210,14 +209,14 @@ class JetStreamEvents:
         if trace_parent is not None:
             headers[TRACE_PARENT] = trace_parent
         await self._persist(
-            self._subjects.requests_stream(task),
-            self._subjects.request(task, request.request_id),
+            self._subjects.requests_stream(queue),
+            self._subjects.request(queue, request.request_id),
             encode(request),
             headers,
             final=frozenset({STREAM_FULL}),
         )
 
-    async def publish_again(self, task: Task, retry: Message, *, request_id: str) -> None:
+    async def publish_again(self, queue: str, retry: Message, *, request_id: str) -> None:
         """Publish a request that was stored by `retry_later` to its subject; waits for the bus.
 
         The caller acknowledges the retry afterwards. After a crash in between there are two copies;
@@ -228,8 +227,8 @@ class JetStreamEvents:
             QueueFull: The stream is full.
         """
         await self._persist(
-            self._subjects.requests_stream(task),
-            self._subjects.request(task, request_id),
+            self._subjects.requests_stream(queue),
+            self._subjects.request(queue, request_id),
             retry.body,
             _headers_again(
                 retry,
@@ -241,7 +240,7 @@ class JetStreamEvents:
 
     async def retry_later(
         self,
-        task: Task,
+        queue: str,
         delivery: Message,
         *,
         request_id: str,
@@ -251,12 +250,12 @@ class JetStreamEvents:
     ) -> None:
         """Store a request until its next attempt is due; waits for the bus.
 
-        When it is due, a worker of the task publishes it to its request subject. The caller
+        When it is due, a worker of the queue publishes it to its request subject. The caller
         acknowledges the delivery afterwards. After a crash in between there are two copies; a
         worker runs only one and replies to both.
 
         Args:
-            task: Task of the request.
+            queue: Queue of the request.
             delivery: The delivery with its body and headers.
             request_id: Id of the request.
             attempts: Number of its attempts, including this one.
@@ -271,28 +270,28 @@ class JetStreamEvents:
         headers[RETRY_DELAY] = str(round(delay * 1000))
         await self._persist(
             self._subjects.retries_stream,
-            self._subjects.retry(task, request_id),
+            self._subjects.retry(queue, request_id),
             delivery.body,
             headers,
             final=frozenset({STREAM_FULL}),
         )
         if owner is not None:
             # Before the delivery is acknowledged: until then its message protects the id.
-            await AttemptMarks(self._bus, self._subjects, task).mark_owner(request_id, owner)
+            await AttemptMarks(self._bus, self._subjects, queue).mark_owner(request_id, owner)
 
     async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
         """Publish the event to the sender's reply subject, once."""
         headers = event_headers(event, trace_parent=trace_parent)
         await self._publish_once(subject, encode(event), headers, "reply_not_published")
 
-    async def dead_letter(self, task: Task, delivery: Message, letter: DeadLetter) -> None:
+    async def dead_letter(self, queue: str, delivery: Message, letter: DeadLetter) -> None:
         """Store a request's body and headers with the reason; waits for the bus.
 
         The message id is derived from the request's message, so that several deliveries of the
         message produce one dead letter. If the stream reports a duplicate, the stored message is
         compared. If it differs, the dead letter is stored under another message id.
         """
-        stream, subject = self._subjects.dead_letters_stream, self._subjects.dead_letter(task)
+        stream, subject = self._subjects.dead_letters_stream, self._subjects.dead_letter(queue)
         message_id = f"{delivery.stream}-{message_key(delivery)}.dead"
         body, headers = self._letter(delivery, letter, message_id)
         try:

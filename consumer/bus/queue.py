@@ -1,7 +1,7 @@
 """Finds requests in their streams by id, and sends requests to all workers."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -15,9 +15,10 @@ from pydantic_core import from_json, to_json
 from consumer.bus.attempt_marks import AttemptMarks, retry_key
 from consumer.bus.codes import STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.bus.queue_directory import QueueDirectory
 from consumer.bus.stored_request import RequestInStream
 from consumer.ports.bus import IdLookup, Message, StopAck, StoredRequest
-from generation_contracts import Subjects, Task
+from generation_contracts import Subjects
 
 log = structlog.get_logger()
 
@@ -50,17 +51,28 @@ class JetStreamQueue:
     Args:
         bus: A connection.
         subjects: Subjects of the installation.
-        durables: Names of the durable consumers, by task.
+        durables: Names of durable consumers that differ from the name of their queue.
+        directory: Lists the queues; by default a new one on the same connection.
     """
 
-    def __init__(self, bus: Bus, subjects: Subjects, durables: Mapping[Task, str]) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        subjects: Subjects,
+        durables: Mapping[str, str],
+        directory: QueueDirectory | None = None,
+    ) -> None:
         self._bus = bus
         self._subjects = subjects
         self._durables = durables
-        self._marks = {task: AttemptMarks(bus, subjects, task) for task in Task}
+        self._directory = directory or QueueDirectory(bus, subjects)
+
+    async def names(self) -> Collection[str]:
+        """Return the names of all queues; the last known ones if the server does not answer."""
+        return (await self._directory.known()).keys()
 
     async def find(self, request_id: str) -> IdLookup:
-        """Return which tasks have a request or a result under an id, without loading messages.
+        """Return which queues have a request or a result under an id, without loading messages.
 
         Raises:
             BusUnavailable: The server does not answer.
@@ -68,40 +80,41 @@ class JetStreamQueue:
         # Sequentially: many concurrent cancellations are limited by the CPU, and three asyncio
         # tasks cost more CPU than the round trips.
         try:
-            requests = [t for t in Task if (await self._requests(t, request_id)).subjects]
+            names = await self.names()
+            requests = [n for n in names if (await self._requests(n, request_id)).subjects]
         except (Error, OSError, TimeoutError) as error:
             raise _unreadable(error) from None
         return IdLookup(frozenset(requests), await self.find_results(request_id))
 
-    async def find_results(self, request_id: str) -> frozenset[Task]:
-        """Return the tasks whose result subject for this id has a message.
+    async def find_results(self, request_id: str) -> frozenset[str]:
+        """Return the queues whose result subject for this id has a message.
 
         Raises:
             BusUnavailable: The server does not answer.
         """
-        stream, anywhere = self._subjects.results_stream, f"{self._subjects.root}.result.*."
+        stream, prefix = self._subjects.results_stream, f"{self._subjects.root}.result."
         try:
-            found = (await self._counts(stream, f"{anywhere}{request_id}")).subjects
+            found = (await self._counts(stream, f"{prefix}*.{request_id}")).subjects
         except (Error, OSError, TimeoutError) as error:
             raise _unreadable(error) from None
-        return frozenset(t for t in Task if self._subjects.result(t, request_id) in found)
+        return frozenset(subject.removeprefix(prefix).partition(".")[0] for subject in found)
 
-    async def oldest(self, task: Task, request_id: str) -> StoredRequest | None:
+    async def oldest(self, queue: str, request_id: str) -> StoredRequest | None:
         """Load the oldest message of a request stream whose subject has the id.
 
         Raises:
             BusUnavailable: The server does not answer.
         """
         try:
-            message = await self._first(task, request_id)
+            message = await self._first(queue, request_id)
             if message is None:
                 return None
-            never_delivered = await self._untouched(task, message.seq or 0)
+            never_delivered = await self._untouched(queue, message.seq or 0)
         except (Error, OSError, TimeoutError) as error:
             raise _unreadable(error) from None
-        return StoredRequest(self._delivery(task, message), never_delivered)
+        return StoredRequest(self._delivery(queue, message), never_delivered)
 
-    async def older(self, task: Task, request_id: str, than: Message) -> RequestInStream | None:
+    async def older(self, queue: str, request_id: str, than: Message) -> RequestInStream | None:
         """Load the oldest message with the id in its subject, if it is older than `than`.
 
         Loads nothing if the message of `than` is the only one. Waits for the bus.
@@ -112,7 +125,7 @@ class JetStreamQueue:
         while True:
             await self._bus.wait_connected()
             try:
-                stream, subject = self._location(task, request_id)
+                stream, subject = self._location(queue, request_id)
                 found = (await self._counts(stream, subject)).subjects.get(subject, 0)
                 if found == int(than.subject == subject):
                     return None
@@ -122,22 +135,22 @@ class JetStreamQueue:
                 await asyncio.sleep(PAUSE)
             else:
                 is_older = message is not None and (message.seq or 0) < than.stream_sequence
-                return self._delivery(task, message) if message and is_older else None
+                return self._delivery(queue, message) if message and is_older else None
 
-    async def owner(self, task: Task, request_id: str) -> str | None:
+    async def owner(self, queue: str, request_id: str) -> str | None:
         """Return the digest that an id is reserved for since a retry of its request was stored.
 
         Raises:
             BusUnavailable: The client has closed the connection; the process must end.
         """
-        return await self._marks[task].owner(request_id)
+        return await self._marks(queue).owner(request_id)
 
-    async def cancel_retry(self, task: Task, request_id: str) -> None:
+    async def cancel_retry(self, queue: str, request_id: str) -> None:
         """Mark a request as cancelled for the worker of its next attempt. Never raises."""
-        await self._marks[task].mark_cancelled(retry_key(request_id))
+        await self._marks(queue).mark_cancelled(retry_key(request_id))
 
-    async def _requests(self, task: Task, request_id: str) -> _Counts:
-        stream, subject = self._location(task, request_id)
+    async def _requests(self, queue: str, request_id: str) -> _Counts:
+        stream, subject = self._location(queue, request_id)
         return await self._counts(stream, subject)
 
     async def _counts(self, stream: str, subjects: str) -> _Counts:
@@ -153,8 +166,8 @@ class JetStreamQueue:
         state = info["state"]
         return _Counts(state.get("subjects") or {}, state["consumer_count"])
 
-    async def _first(self, task: Task, request_id: str) -> RawStreamMsg | None:
-        return await self._oldest_of(*self._location(task, request_id))
+    async def _first(self, queue: str, request_id: str) -> RawStreamMsg | None:
+        return await self._oldest_of(*self._location(queue, request_id))
 
     async def _oldest_of(self, stream: str, subject: str) -> RawStreamMsg | None:
         try:
@@ -163,24 +176,28 @@ class JetStreamQueue:
         except NotFoundError:
             return None
 
-    async def _untouched(self, task: Task, sequence: int) -> bool:
-        stream = self._subjects.requests_stream(task)
+    async def _untouched(self, queue: str, sequence: int) -> bool:
+        stream, durable = self._subjects.requests_stream(queue), self._durables.get(queue, queue)
         try:
             async with self._bus.api_call(API_TIMEOUT):
-                info = await self._bus.jetstream.consumer_info(stream, self._durables[task])
+                info = await self._bus.jetstream.consumer_info(stream, durable)
         except NotFoundError:
             # A durable with a configured name may have delivered the message. Without any consumer
             # on the stream, no message has been delivered.
             return (await self._counts(stream, "")).consumers == 0
         return info.delivered is not None and sequence > info.delivered.stream_seq
 
-    def _location(self, task: Task, request_id: str) -> tuple[str, str]:
+    def _location(self, queue: str, request_id: str) -> tuple[str, str]:
         """Return the stream and the subject of a request."""
-        return self._subjects.requests_stream(task), self._subjects.request(task, request_id)
+        return self._subjects.requests_stream(queue), self._subjects.request(queue, request_id)
 
-    def _delivery(self, task: Task, message: RawStreamMsg) -> RequestInStream:
-        stream = self._subjects.requests_stream(task)
-        return RequestInStream(self._bus, stream, message, deliveries=1, marks=self._marks[task])
+    def _delivery(self, queue: str, message: RawStreamMsg) -> RequestInStream:
+        stream = self._subjects.requests_stream(queue)
+        marks = self._marks(queue)
+        return RequestInStream(self._bus, stream, message, deliveries=1, marks=marks)
+
+    def _marks(self, queue: str) -> AttemptMarks:
+        return AttemptMarks(self._bus, self._subjects, queue)
 
 
 class BroadcastWorkers:
@@ -190,16 +207,17 @@ class BroadcastWorkers:
         bus: A connection.
         subjects: Subjects of the installation.
         task: Task of this worker.
-        durables: Names of the durable consumers, by task.
+        queue: Queue of this worker.
+        durables: Names of durable consumers that differ from the name of their queue.
     """
 
     def __init__(
-        self, bus: Bus, subjects: Subjects, *, task: Task, durables: Mapping[Task, str]
+        self, bus: Bus, subjects: Subjects, *, queue: str, durables: Mapping[str, str]
     ) -> None:
         self._bus = bus
         self._subjects = subjects
-        self._stream = subjects.requests_stream(task)
-        self._durable = durables[task]
+        self._stream = subjects.requests_stream(queue)
+        self._durable = durables.get(queue, queue)
         self._stop_requests: set[asyncio.Task[StopAck | None]] = set()
 
     async def request_stop(self, request_id: str) -> "asyncio.Task[StopAck | None]":
@@ -233,7 +251,7 @@ class BroadcastWorkers:
         return await self._request(subject, PROCESS, IN_PROGRESS_TIMEOUT) is not None
 
     async def others_idle(self) -> bool:
-        """Return whether the durable of this task has a pull request of another worker."""
+        """Return whether the durable of this queue has a pull request of another worker."""
         try:
             async with self._bus.api_call(API_TIMEOUT):
                 info = await self._bus.jetstream.consumer_info(self._stream, self._durable)

@@ -10,12 +10,12 @@ from pydantic_core import from_json
 
 from consumer.bus.reading import StoredMessage
 from consumer.ports.bus import ResultEvent, ResultUnreadable
-from generation_contracts import Task, decode_result
+from generation_contracts import decode_result
 
 _EVENT_TYPES = "generation."  # prefix of the event types in every version of the contract
 
 
-def event_of(message: StoredMessage, task: Task, request_id: str) -> ResultEvent | None:
+def event_of(message: StoredMessage, queue: str, request_id: str) -> ResultEvent | None:
     """Return the terminal event of a request, or None if the message is not its event.
 
     Raises:
@@ -25,13 +25,13 @@ def event_of(message: StoredMessage, task: Task, request_id: str) -> ResultEvent
     try:
         event = decode_result(message.body)
     except ValidationError:
-        if _is_of_another_version(message.body, task, request_id):
+        if _is_of_another_version(message.body, queue, request_id):
             raise ResultUnreadable from None
         return None
-    return event if (event.request_id, event.task) == (request_id, task) else None
+    return event if (event.request_id, event.queue_name) == (request_id, queue) else None
 
 
-def _is_of_another_version(body: bytes, task: Task, request_id: str) -> bool:
+def _is_of_another_version(body: bytes, queue: str, request_id: str) -> bool:
     # No reply of the server has these three fields, and a sender cannot publish results.
     try:
         value = from_json(body)
@@ -40,6 +40,6 @@ def _is_of_another_version(body: bytes, task: Task, request_id: str) -> bool:
     return (
         isinstance(value, dict)
         and value.get("request_id") == request_id
-        and value.get("task") == task
+        and value.get("queue", value.get("task")) == queue
         and str(value.get("type")).startswith(_EVENT_TYPES)
     )

@@ -2,7 +2,7 @@
 
 A NAK with a delay in the request stream would occupy one of the durable's `max_ack_pending` for the
 delay, and could block every other request. Therefore a worker stores the request in the retries
-stream and acknowledges the delivery. All workers of the task move due requests back.
+stream and acknowledges the delivery. All workers of the queue move due requests back.
 """
 
 import json
@@ -17,7 +17,6 @@ from consumer.bus.delivery import JetStreamDelivery
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.topology import Durable
 from consumer.ports.bus import MessageTooLarge, QueueFull
-from generation_contracts import Task
 from generation_contracts.headers import RETRY_DELAY
 from generation_contracts.subjects import is_request_id
 
@@ -33,14 +32,14 @@ class RetryMover:
 
     Args:
         bus: The connection.
-        task: Task of the requests.
+        queue: Queue of the requests.
         durable: The durable of the retries stream whose deliveries are passed to `move`.
         events: Publishes to the request stream.
     """
 
-    def __init__(self, bus: Bus, task: Task, durable: Durable, events: JetStreamEvents) -> None:
+    def __init__(self, bus: Bus, queue: str, durable: Durable, events: JetStreamEvents) -> None:
         self._bus = bus
-        self._task = task
+        self._queue = queue
         self._durable = durable
         self._events = events
 
@@ -67,7 +66,7 @@ class RetryMover:
             await retry.nak_later(left)
             return
         try:
-            await self._events.publish_again(self._task, retry, request_id=request_id)
+            await self._events.publish_again(self._queue, retry, request_id=request_id)
         except QueueFull:
             await retry.nak_later(PAUSE_FULL)
         except MessageTooLarge:

@@ -1,5 +1,7 @@
 """Streams and durable consumers, from the JSON files under infra/nats.
 
+The files have the default queue of each task. Another queue gets copies of the files of its task.
+
 The files use the server's own format (`nats stream add --config FILE` reads them as well). Existing
 streams and consumers are compared with the files key by key. `apply` updates with the full
 configuration, because the server resets settings that a partial one leaves out. `ensure` creates
@@ -30,20 +32,21 @@ from consumer.bus.server_texts import is_permission_error
 from consumer.ports.bus import ResultUnreadable
 from consumer.ports.unavailable import Unavailable
 from generation_contracts import Subjects, Task
+from generation_contracts.queues import CREATED_BY_KEY, TASK_KEY, QueueInfo
 
 log = structlog.get_logger()
 
 NANOSECONDS = 1_000_000_000
 WORKER_TIMEOUT = 0.2  # seconds; without a connected worker the server replies at once
 _FILES = Subjects()  # the subjects in the files
-_STREAMS = (
-    *(_FILES.requests_stream(task) for task in Task),
+_SHARED = (
     _FILES.results_stream,
     _FILES.dead_letters_stream,
     _FILES.releases_stream,
     _FILES.retries_stream,
     _FILES.advisories_stream,
 )
+_MAX_DELIVERIES = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES"
 _NOT_FOUND = frozenset({STREAM_NOT_FOUND, CONSUMER_NOT_FOUND})
 
 # A difference in one of these keys breaks a guarantee: requests would be lost or run twice, or
@@ -64,6 +67,7 @@ _WITHOUT_FILTERS: dict[str, Any] = {"filter_subjects": []}
 # The worker counts attempts; the server counts deliveries, including requeued ones. The server's
 # limit is only for requests that kill a worker before it can count.
 DELIVERIES_PER_ATTEMPT = 10
+ADVISORIES_DIVISOR = 16  # of max_bytes: the stream of one queue is smaller than the shared one
 SIZES = {"default": 1, "small": 16}  # divisors of the files' max_bytes
 
 Change = Literal["created", "updated", "unchanged"]
@@ -111,7 +115,7 @@ class Durable:
 
 
 class Topology:
-    """The streams of one installation and the durables of its tasks.
+    """The streams of one installation and the durables of its queues.
 
     Args:
         bus: A connection.
@@ -120,7 +124,9 @@ class Topology:
         max_ack_pending: For durables that are created or updated.
         max_deliver: For durables that are created or updated; None uses the value of the files. A
             request that reaches it is dead-lettered, see `dead_letters.exhausted`.
-        durable_name: Overrides the name of the durable in the files, for one task.
+        durable_name: Overrides the name of the durable in the files, for one queue.
+        queue: A queue in addition to the default queues, or a default queue that declares its
+            model. `apply` writes its task and its model into the metadata of its stream.
         replicas: Number of servers that store each stream. None uses the value of the files for a
             new stream, and leaves an existing stream unchanged.
         sizes: `small` is a sixteenth of the files' max_bytes.
@@ -135,6 +141,7 @@ class Topology:
         max_ack_pending: int,
         max_deliver: int | None = None,
         durable_name: str | None = None,
+        queue: QueueInfo | None = None,
         replicas: int | None = None,
         sizes: Sizes = "default",
     ) -> None:
@@ -145,10 +152,11 @@ class Topology:
         self._max_ack_pending = max_ack_pending
         self._max_deliver = max_deliver
         self._durable_name = durable_name
+        self._queue = queue
         self._replicas = replicas
 
-    async def apply(self, tasks: tuple[Task, ...]) -> dict[str, Change]:
-        """Create or update every stream and the tasks' durables.
+    async def apply(self, queues: tuple[str, ...]) -> dict[str, Change]:
+        """Create or update every stream and the queues' durables.
 
         Returns:
             The change of each stream and durable, by name.
@@ -164,24 +172,24 @@ class Topology:
         skipped: list[str] = []
         streams = [
             (expected, await self._call(f"STREAM.INFO.{expected['name']}"))
-            for expected in self._streams()
+            for expected in self._declared(self._streams())
         ]
         await self._require_storage(streams)
         for expected, found in streams:
             done[expected["name"]] = await self._apply_stream(expected, found, skipped)
-        for task in tasks:
-            stream, expected = self._subjects.requests_stream(task), self._consumer(task)
+        for queue in queues:
+            stream, expected = self._subjects.requests_stream(queue), self._consumer(queue)
             done[expected["durable_name"]] = await self._apply_consumer(stream, expected, skipped)
-            stream, expected = self._subjects.retries_stream, self._retries(task)
-            done[f"retries {task}"] = await self._apply_consumer(stream, expected, skipped)
-            stream, expected = self._subjects.advisories_stream, self._watcher(task)
+            stream, expected = self._subjects.retries_stream, self._retries(queue)
+            done[f"retries {queue}"] = await self._apply_consumer(stream, expected, skipped)
+            stream, expected = self._subjects.advisories_stream_of(queue), self._watcher(queue)
             name = f"watcher {expected['durable_name']}"
             done[name] = await self._apply_consumer(stream, expected, skipped)
         if skipped:
             raise PartlyApplied("; ".join(skipped))
         return done
 
-    async def ensure(self, task: Task) -> Durable:
+    async def ensure(self, queue: str) -> Durable:
         """Create missing streams and durables, and validate the existing ones.
 
         Returns:
@@ -195,26 +203,27 @@ class Topology:
         for expected in self._streams():
             found = await self._call(f"STREAM.INFO.{expected['name']}")
             if found is None:
-                await self._create_stream(expected)
+                await self._create_missing(expected)
                 log.info("stream_created", stream=expected["name"])
             else:
                 self._compare_stream(expected, found["config"])
-        await self._ensure_consumer(self._subjects.advisories_stream, self._watcher(task))
-        await self._ensure_consumer(self._subjects.retries_stream, self._retries(task))
-        stream = self._subjects.requests_stream(task)
-        return await self._ensure_consumer(stream, self._consumer(task))
+        advisories = self._subjects.advisories_stream_of(queue)
+        await self._ensure_consumer(advisories, self._watcher(queue))
+        await self._ensure_consumer(self._subjects.retries_stream, self._retries(queue))
+        stream = self._subjects.requests_stream(queue)
+        return await self._ensure_consumer(stream, self._consumer(queue))
 
-    def watcher(self, task: Task) -> Durable:
+    def watcher(self, queue: str) -> Durable:
         """Return the durable for the server's max-deliver advisories, as `ensure` creates it."""
-        expected = self._watcher(task)
-        return _durable(self._subjects.advisories_stream, expected, expected)
+        expected = self._watcher(queue)
+        return _durable(self._subjects.advisories_stream_of(queue), expected, expected)
 
-    def retries(self, task: Task) -> Durable:
-        """Return the durable of a task's retries, as `ensure` creates it."""
-        expected = self._retries(task)
+    def retries(self, queue: str) -> Durable:
+        """Return the durable of a queue's retries, as `ensure` creates it."""
+        expected = self._retries(queue)
         return _durable(self._subjects.retries_stream, expected, expected)
 
-    async def verify(self, task: Task) -> Durable:
+    async def verify(self, queue: str) -> Durable:
         """Validate all streams and durables without a change, for `consumer check`.
 
         Raises:
@@ -224,29 +233,73 @@ class Topology:
         for expected in self._streams():
             found = await self._call(f"STREAM.INFO.{expected['name']}")
             if found is None:
-                raise TopologyError(f"stream {expected['name']}: missing; run `consumer apply`")
+                raise TopologyError(f"stream {expected['name']}: missing; {self._how_to_create(expected)}")
             self._compare_stream(expected, found["config"])
-        await self._verify_consumer(self._subjects.advisories_stream, self._watcher(task))
-        await self._verify_consumer(self._subjects.retries_stream, self._retries(task))
-        stream = self._subjects.requests_stream(task)
-        return await self._verify_consumer(stream, self._consumer(task))
+        advisories = self._subjects.advisories_stream_of(queue)
+        await self._verify_consumer(advisories, self._watcher(queue))
+        await self._verify_consumer(self._subjects.retries_stream, self._retries(queue))
+        stream = self._subjects.requests_stream(queue)
+        return await self._verify_consumer(stream, self._consumer(queue))
 
-    def durables(self, own: Task) -> dict[Task, str]:
-        """Return the names of the durables of all tasks.
-
-        The name for the task `own` comes from the settings, the other names from the files, because
-        this process does not know the settings of the other tasks' workers.
-        """
-        usual = {task: self._rooted(f"consumers/{task}.json")["durable_name"] for task in Task}
-        return {**usual, own: self._consumer(own)["durable_name"]}
+    def durable_name(self, queue: str) -> str:
+        """Return the name of the durable of a queue."""
+        name: str = self._consumer(queue)["durable_name"]
+        return name
 
     def _streams(self) -> list[Config]:
-        configs = [self._rooted(f"streams/{stream}.json") for stream in _STREAMS]
+        queues: list[str] = [str(task) for task in Task]
+        configs = [self._rooted(f"streams/{stream}.json") for stream in _SHARED]
+        if self._queue is not None and not self._queue.is_default:
+            queues.append(self._queue.name)
+            configs.append(self._own_advisories(self._queue))
+        configs[:0] = [self._requests(queue) for queue in queues]
         for config in configs:
             config["max_bytes"] //= SIZES[self._sizes]
             if self._replicas is not None:
                 config["num_replicas"] = self._replicas
         return configs
+
+    def _requests(self, queue: str) -> Config:
+        file = _FILES.requests_stream(self._task_of(queue))
+        config = self._rooted(f"streams/{file}.json", queue=queue)
+        if self._queue is not None and not self._queue.is_default and queue == self._queue.name:
+            config["metadata"] = self._queue.metadata
+        return config
+
+    def _declared(self, configs: list[Config]) -> list[Config]:
+        """Add the metadata of a default queue that declares its model."""
+        for config in configs:
+            if self._queue is not None and self._queue.model is not None:
+                if config["name"] == self._subjects.requests_stream(self._queue.name):
+                    config["metadata"] = self._queue.metadata
+        return configs
+
+    def _own_advisories(self, queue: QueueInfo) -> Config:
+        """Return the configuration of the advisories stream of a queue that is no default queue."""
+        config = self._rooted(f"streams/{_FILES.advisories_stream}.json")
+        return {
+            **config,
+            "name": self._subjects.advisories_stream_of(queue.name),
+            "subjects": [f"{_MAX_DELIVERIES}.{self._subjects.requests_stream(queue.name)}.*"],
+            "max_bytes": config["max_bytes"] // ADVISORIES_DIVISOR,
+        }
+
+    def _task_of(self, queue: str) -> Task:
+        if self._queue is not None and queue == self._queue.name:
+            return self._queue.task
+        return Task(queue)
+
+    def _how_to_create(self, expected: Config) -> str:
+        queue = self._queue
+        if queue is None or queue.is_default or "metadata" not in expected:
+            return "run `consumer apply`"
+        return f"run `consumer queues create {queue.name} --task {queue.task}`"
+
+    async def _create_missing(self, expected: Config) -> None:
+        try:
+            await self._create_stream(expected)
+        except BusMisconfigured as error:
+            raise BusMisconfigured(f"{error}; {self._how_to_create(expected)}") from None
 
     def _with_current_replicas(self, expected: Config, found: Config) -> Config:
         """Return the expected configuration of an existing stream.
@@ -260,26 +313,26 @@ class Topology:
     def _compare_stream(self, expected: Config, found: Config) -> None:
         _compare(f"stream {expected['name']}", self._with_current_replicas(expected, found), found)
 
-    def _consumer(self, task: Task) -> Config:
-        expected = self._rooted(f"consumers/{task}.json")
+    def _consumer(self, queue: str) -> Config:
+        expected = self._rooted(f"consumers/{self._task_of(queue)}.json", queue=queue)
         expected["ack_wait"] = round(self._ack_wait * NANOSECONDS)
         expected["max_ack_pending"] = self._max_ack_pending
         if self._max_deliver is not None:
             expected["max_deliver"] = self._max_deliver
         return self._named(expected)
 
-    def _watcher(self, task: Task) -> Config:
-        expected = self._rooted(f"watchers/{task}.json")
+    def _watcher(self, queue: str) -> Config:
+        expected = self._rooted(f"watchers/{self._task_of(queue)}.json", queue=queue)
         if self._durable_name is not None:
             expected["filter_subjects"] = [
-                subject.removesuffix(f".{task}") + f".{self._durable_name}"
+                subject.removesuffix(f".{queue}") + f".{self._durable_name}"
                 for subject in expected["filter_subjects"]
             ]
         return self._named(expected)
 
-    def _retries(self, task: Task) -> Config:
-        # Not `durable_name`: all tasks share the retries stream, and each needs its own consumer.
-        expected = self._rooted(f"retries/{task}.json")
+    def _retries(self, queue: str) -> Config:
+        # Not `durable_name`: all queues share the retries stream, and each needs its own consumer.
+        expected = self._rooted(f"retries/{self._task_of(queue)}.json", queue=queue)
         return {**expected, "name": expected["durable_name"], **_NOT_FOR_CONSUMERS}
 
     def _named(self, expected: Config) -> Config:
@@ -287,8 +340,12 @@ class Topology:
         named = {**expected, "durable_name": name, "name": name}
         return {**_WITHOUT_FILTERS, **named, **_NOT_FOR_CONSUMERS}
 
-    def _rooted(self, name: str) -> Config:
-        config: Config = json.loads(_definition(name))
+    def _rooted(self, name: str, *, queue: str | None = None) -> Config:
+        text = _definition(name)
+        if queue is not None:
+            task = self._task_of(queue)
+            text = text.replace(task.upper(), queue.upper()).replace(task, queue)
+        config: Config = json.loads(text)
         if "name" in config:
             config["name"] = self._rooted_stream(config["name"])
         for key in ("subjects", "filter_subjects"):
@@ -394,12 +451,17 @@ class Topology:
                 "remove them first, or set NATS_STREAM_SIZES=default"
             )
             expected["max_bytes"] = current
+        _require_same_task(expected, found["config"])
         if not _differences(expected, found["config"]):
             return "unchanged"
         if expected["name"] == self._subjects.results_stream:
             await self._keep_first_results(found)
         # Settings that the files do not have keep the operator's value.
-        await self._call(f"STREAM.UPDATE.{expected['name']}", {**found["config"], **expected})
+        update = {**found["config"], **expected}
+        if "metadata" in expected:
+            update["metadata"] = {**expected["metadata"], **_metadata(found["config"])}
+            update["metadata"] |= _declaration(expected)
+        await self._call(f"STREAM.UPDATE.{expected['name']}", update)
         return "updated"
 
     @staticmethod
@@ -419,9 +481,9 @@ class Topology:
             return
         removed = 0
         for subject in await self._repeated_subjects(stream):
-            *_, task, request_id = subject.split(".")
+            *_, queue, request_id = subject.split(".")
             messages = await self._messages(stream, subject)
-            first = next((m for m in messages if _is_result(m, task, request_id)), None)
+            first = next((m for m in messages if _is_result(m, queue, request_id)), None)
             for message in messages:
                 if first is not None and message.sequence != first.sequence:
                     await self._call(f"STREAM.MSG.DELETE.{stream}", {"seq": message.sequence})
@@ -561,13 +623,11 @@ def _shorter_lease(name: str, expected: Config, found: Config) -> str:
     )
 
 
-def _is_result(message: StoredMessage, task: str, request_id: str) -> bool:
+def _is_result(message: StoredMessage, queue: str, request_id: str) -> bool:
     try:
-        return event_of(message, Task(task), request_id) is not None
+        return event_of(message, queue, request_id) is not None
     except ResultUnreadable:
         return True
-    except ValueError:  # a task that this version does not have
-        return False
 
 
 def _size(count: int) -> str:
@@ -594,14 +654,35 @@ def _refuse_push(name: str, found: Config) -> None:
 
 def _differences(expected: Config, found: Config) -> dict[str, tuple[Any, Any]]:
     # The server leaves out values that are zero, false or empty.
-    return {
+    different = {
         key: (found.get(key), value)
         for key, value in expected.items()
-        if (found.get(key) or None) != (value or None)
+        if key != "metadata" and (found.get(key) or None) != (value or None)
     }
+    declared = _declaration(expected)
+    if declared.items() - _metadata(found).items():  # the server adds keys of its own
+        different["metadata"] = (_metadata(found), declared)
+    return different
+
+
+def _metadata(config: Config) -> dict[str, str]:
+    metadata: dict[str, str] = config.get("metadata") or {}
+    return metadata
+
+
+def _declaration(expected: Config) -> dict[str, str]:
+    """Return the expected metadata of a queue, without the creator, which stays the first one."""
+    return {key: text for key, text in _metadata(expected).items() if key != CREATED_BY_KEY}
+
+
+def _require_same_task(expected: Config, found: Config) -> None:
+    task, actual = _metadata(expected).get(TASK_KEY), _metadata(found).get(TASK_KEY)
+    if task is not None and actual not in {None, task}:
+        raise TopologyError(f"stream {expected['name']}: it is a queue of {actual}, not of {task}")
 
 
 def _compare(what: str, expected: Config, found: Config) -> None:
+    _require_same_task(expected, found)
     for key, (actual, required) in _differences(expected, found).items():
         # If the file has no max_age, the stream must have none: it deletes requests in progress.
         if key in _REQUIRED or (key == "max_age" and not required):

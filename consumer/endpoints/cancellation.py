@@ -11,7 +11,7 @@ receives the stop request when it recovers; if it has died, the next worker read
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
@@ -27,7 +27,6 @@ from generation_contracts import (
     ChainLink,
     InvalidRequest,
     SucceededEvent,
-    Task,
     request_digest,
 )
 from generation_contracts.chains import id_of, possible_links
@@ -46,8 +45,8 @@ CHAINS = 2  # chains that are followed; each may have 64 branches
 
 
 @dataclass(frozen=True)
-class TaskFinalizer:
-    """Reads and finalizes the requests of one task."""
+class QueueFinalizer:
+    """Reads and finalizes the requests of one queue."""
 
     admission: Admission
     finalizer: Finalizer
@@ -58,22 +57,22 @@ class _StoredState:
     """The state of everything that is stored under one id.
 
     Attributes:
-        ended: The terminal events, by task.
-        in_flight: Tasks whose workers have received the request; it is marked as cancelled.
+        ended: The terminal events, by queue.
+        in_flight: Queues whose workers have received the request; it is marked as cancelled.
     """
 
-    ended: dict[Task, ResultEvent] = field(default_factory=dict)
-    in_flight: set[Task] = field(default_factory=set)
+    ended: dict[str, ResultEvent] = field(default_factory=dict)
+    in_flight: set[str] = field(default_factory=set)
 
 
 class Cancellation:
-    """Cancels requests by their ids, of every task of the installation.
+    """Cancels requests by their ids, of every queue of the installation.
 
     Args:
         queue: The requests in their streams.
         workers: All workers, including this process.
         events: Finds stored results.
-        finalizers: One for each task.
+        finalizer_of: Returns the finalizer of a queue that `queue` has found.
     """
 
     def __init__(
@@ -82,12 +81,12 @@ class Cancellation:
         queue: Queue,
         workers: Workers,
         events: Events,
-        finalizers: Mapping[Task, TaskFinalizer],
+        finalizer_of: Callable[[str], QueueFinalizer],
     ) -> None:
         self._queue = queue
         self._workers = workers
         self._events = events
-        self._finalizers = finalizers
+        self._finalizer_of = finalizer_of
         self._in_progress: dict[str, asyncio.Task[CancelReply]] = {}
         self._lookups = _FairSemaphore(LOOKUPS)
         self._loads = asyncio.Semaphore(LOADS)
@@ -142,41 +141,44 @@ class Cancellation:
     async def _stop_retries(self, request_id: str, stored: _StoredState) -> None:
         """Mark a request that waits for its next attempt, outside the request streams."""
         async with self._lookups:
-            for task in self._finalizers:
-                if await self._queue.owner(task, request_id) is not None:
-                    await self._queue.cancel_retry(task, request_id)
-                    stored.in_flight.add(task)
+            for queue in await self._queue.names():
+                if await self._queue.owner(queue, request_id) is not None:
+                    await self._queue.cancel_retry(queue, request_id)
+                    stored.in_flight.add(queue)
 
     async def _stop_stored(self, request_id: str, found: IdLookup) -> _StoredState:
         """Cancel or mark the requests with one id in the streams, and read their results."""
         stored = _StoredState()
-        for task in found.requests:
+        for queue in found.requests:
             async with self._loads:
-                await self._stop_oldest(task, request_id, stored)
-        for task in found.results - found.requests:
-            await self._read_result(task, request_id, stored)
+                await self._stop_oldest(queue, request_id, stored)
+        for queue in found.results - found.requests:
+            await self._read_result(queue, request_id, stored)
         return stored
 
-    async def _stop_oldest(self, task: Task, request_id: str, stored: _StoredState) -> None:
+    async def _stop_oldest(self, queue: str, request_id: str, stored: _StoredState) -> None:
         # The copies behind the oldest message get its terminal event when they are delivered.
-        oldest = await self._queue.oldest(task, request_id)
+        oldest = await self._queue.oldest(queue, request_id)
         if oldest is not None and not oldest.never_delivered:
             await oldest.delivery.mark_cancelled()
-            stored.in_flight.add(task)
+            stored.in_flight.add(queue)
             return
         if oldest is not None:
-            await self._cancel_untouched(task, request_id, oldest.delivery)
+            await self._cancel_untouched(queue, request_id, oldest.delivery)
             # A worker may have started it after the first message.
             await self._workers.notify_stop(request_id)
-        await self._read_result(task, request_id, stored)
+        await self._read_result(queue, request_id, stored)
 
-    async def _read_result(self, task: Task, request_id: str, stored: _StoredState) -> None:
-        result = await self._events.find_result(task, request_id)
+    async def _read_result(self, queue: str, request_id: str, stored: _StoredState) -> None:
+        result = await self._events.find_result(queue, request_id)
         if result is not None:
-            stored.ended[task] = result
+            stored.ended[queue] = result
 
-    async def _cancel_untouched(self, task: Task, request_id: str, delivery: QueuedRequest) -> None:
-        admission = self._finalizers[task].admission
+    async def _cancel_untouched(
+        self, queue: str, request_id: str, delivery: QueuedRequest
+    ) -> None:
+        of_queue = self._finalizer_of(queue)
+        admission = of_queue.admission
         job = admission.open(delivery)
         try:
             job.request = admission.request(delivery)
@@ -184,7 +186,7 @@ class Cancellation:
         except InvalidRequest:
             log.info("cancelled_request_is_invalid", request_id=request_id)
         log.info("cancellation", request_id=request_id, found="waiting")
-        await self._finalizers[task].finalizer.finalize(job, Cancelled().decision)
+        await of_queue.finalizer.finalize(job, Cancelled().decision)
 
     async def _cancel_chain(
         self, chain: str, first: ResultEvent, *, in_flight: bool
@@ -227,7 +229,7 @@ class Cancellation:
             stored.in_flight -= stored.ended.keys()
         return stored
 
-    async def _wait_for_results(self, request_id: str) -> dict[Task, ResultEvent]:
+    async def _wait_for_results(self, request_id: str) -> dict[str, ResultEvent]:
         deadline = time.monotonic() + RESULT_TIMEOUT
         while not (ended := await self._read_results(request_id)):
             if time.monotonic() > deadline:
@@ -235,11 +237,11 @@ class Cancellation:
             await asyncio.sleep(POLL_INTERVAL)  # another process stores the event
         return ended
 
-    async def _read_results(self, request_id: str) -> dict[Task, ResultEvent]:
+    async def _read_results(self, request_id: str) -> dict[str, ResultEvent]:
         stored = _StoredState()
         async with self._lookups:
-            for task in await self._queue.find_results(request_id):
-                await self._read_result(task, request_id, stored)
+            for queue in await self._queue.find_results(request_id):
+                await self._read_result(queue, request_id, stored)
         return stored.ended
 
 
@@ -292,7 +294,7 @@ def _has_next_step(event: ResultEvent, chain: str, *, step: int) -> TypeGuard[Su
 
 
 def _reply(request_id: str, ended: Iterable[ResultEvent], *, in_flight: bool) -> CancelReply:
-    # One id may name a request of each task: a cancelled one takes precedence.
+    # One id may name a request of each queue: a cancelled one takes precedence.
     first = min(ended, key=lambda event: not isinstance(event, CancelledEvent), default=None)
     if first is None or in_flight:
         return CancelReply(request_id=request_id, status="stopping" if in_flight else "unknown")

@@ -175,17 +175,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Admission:
-    """Reads the deliveries of one task.
+    """Reads the deliveries of one queue.
 
     Attributes:
         task: The task of the requests.
         subjects: The subjects of the installation.
         reply_prefixes: Prefixes of allowed reply subjects.
+        queue: The queue of the requests; empty: the default queue of the task.
     """
 
     task: Task
     subjects: Subjects
     reply_prefixes: tuple[str, ...]
+    queue: str = ""
+
+    @property
+    def queue_name(self) -> str:
+        """Name of the queue of the requests."""
+        return self.queue or str(self.task)
 
     def open(
         self,
@@ -220,7 +227,7 @@ class Admission:
         """
         request = decode_request(self.task, delivery.body)
         check_routing_slip(request)
-        in_subject = self.subjects.id_in(delivery.subject, self.task)
+        in_subject = self.subjects.id_in(delivery.subject, self.queue_name)
         if in_subject is not None and not is_request_id(in_subject):
             raise InvalidRequest(
                 "the subject's last token is not a request id: 1-64 of A-Za-z0-9_-"
@@ -253,7 +260,7 @@ class Admission:
         # The subject has priority. A request with another id in its body is refused, and its failed
         # event must not be stored under the id in the body.
         candidates = (
-            self.subjects.id_in(delivery.subject, self.task),
+            self.subjects.id_in(delivery.subject, self.queue_name),
             fields.get("request_id"),
             delivery.headers.get(MESSAGE_ID),
         )

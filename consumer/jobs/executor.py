@@ -123,6 +123,7 @@ class Executor:
     ) -> None:
         self._admission = admission
         self._task = admission.task
+        self._queue_name = admission.queue_name
         self._limits = limits
         self._model = model
         self._runner = runner
@@ -133,7 +134,7 @@ class Executor:
         self._image_stages = ImageStages(
             artifacts,
             images,
-            task=self._task,
+            queue=admission.queue_name,
             model=model.info,
             prompt_in_files=prompt_in_images,
             others_idle=workers.others_idle,
@@ -145,6 +146,7 @@ class Executor:
         self._jobs: list[Job] = []
         self._finalizer = Finalizer(
             task=self._task,
+            queue=admission.queue_name,
             worker=worker,
             model=model,
             events=events,
@@ -259,7 +261,10 @@ class Executor:
         decision: Decision | None = None
         exit_code: int | None = None
         with structlog.contextvars.bound_contextvars(
-            request_id=job.request_id, task=str(self._task), attempt=delivery.attempt
+            request_id=job.request_id,
+            task=str(self._task),
+            queue=self._queue_name,
+            attempt=delivery.attempt,
         ):
             try:
                 async with lease:

@@ -57,6 +57,7 @@ class Finalizer:
         self,
         *,
         task: Task,
+        queue: str = "",
         worker: str,
         model: ModelDescription,
         events: Events,
@@ -65,6 +66,7 @@ class Finalizer:
         observer: Observer,
     ) -> None:
         self._task = task
+        self._queue = queue or str(task)
         self._worker = worker
         self._model = model
         self._events = events
@@ -136,6 +138,7 @@ class Finalizer:
         return {
             "request_id": job.request_id,
             "task": self._task,
+            "queue": None if self._queue == self._task else self._queue,
             "sequence": sequence,
             "time": datetime.now(UTC),
             "worker": self._worker,
@@ -255,7 +258,7 @@ class Finalizer:
             request_id=job.request_id,
             worker=self._worker,
         )
-        await self._events.dead_letter(self._task, job.delivery, letter)
+        await self._events.dead_letter(self._queue, job.delivery, letter)
 
     async def _settle(self, job: Job, decision: Decision) -> None:
         # The next pull is sent together with the settlement: this saves one round trip.
@@ -285,7 +288,7 @@ class Finalizer:
             delay = min(self._retry_delay * 2 ** (attempts - 1), RETRY_DELAY_MOST)
         try:
             await self._events.retry_later(
-                self._task,
+                self._queue,
                 job.delivery,
                 request_id=job.request_id,
                 attempts=max(0, attempts),

@@ -29,7 +29,7 @@ from consumer.ports.media import (
 )
 from consumer.ports.model import GeneratedImage, RunnerOutput
 from consumer.ports.store import Artifacts, StoreUnavailable
-from generation_contracts import ImageArtifact, ModelInfo, Task, TextToImageRequest
+from generation_contracts import ImageArtifact, ModelInfo, TextToImageRequest
 from generation_contracts.artifacts import ImageSource
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ImageStages:
     Attributes:
         artifacts: The object store.
         images: The codec.
-        task: Part of the output keys.
+        queue: Part of the output keys.
         model: Written into the provenance of the output files.
         prompt_in_files: Whether the output files contain their prompts.
         others_idle: Returns whether another worker is idle.
@@ -64,7 +64,7 @@ class ImageStages:
 
     artifacts: Artifacts
     images: Images
-    task: Task
+    queue: str
     model: ModelInfo
     prompt_in_files: bool
     others_idle: Callable[[], Awaitable[bool]]
@@ -202,7 +202,7 @@ class ImageStages:
         uploads = [
             asyncio.ensure_future(
                 self._retry_while_store_unavailable(
-                    job, partial(self.artifacts.store, self.task, job.request_id, index, image)
+                    job, partial(self.artifacts.store, self.queue, job.request_id, index, image)
                 )
             )
             for index, image in enumerate(encoded)

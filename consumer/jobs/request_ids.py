@@ -31,7 +31,7 @@ class RequestIds:
         self, *, admission: Admission, events: Events, queue: Queue, workers: Workers
     ) -> None:
         self._admission = admission
-        self._task = admission.task
+        self._queue_name = admission.queue_name
         self._events = events
         self._queue = queue
         self._workers = workers
@@ -68,8 +68,8 @@ class RequestIds:
         if job.is_copy or self._owners.setdefault(job.request_id, job) is not job:
             return True
         older, owner = await _gather(
-            self._queue.older(self._task, job.request_id, job.delivery),
-            self._queue.owner(self._task, job.request_id),
+            self._queue.older(self._queue_name, job.request_id, job.delivery),
+            self._queue.owner(self._queue_name, job.request_id),
         )
         if owner is None:
             return older is not None
@@ -81,7 +81,7 @@ class RequestIds:
         """Return whether the request of a max-deliver-exhausted delivery is in progress."""
         return (
             request_id in self._owners
-            or await self._queue.older(self._task, request_id, delivery) is not None
+            or await self._queue.older(self._queue_name, request_id, delivery) is not None
             or await self._workers.is_in_progress(request_id)
         )
 
@@ -93,9 +93,9 @@ class RequestIds:
 
     async def _check_streams(self, job: Job) -> None:
         job.existing, older, owner = await _gather(
-            self._events.find_result(self._task, job.request_id),
-            self._queue.older(self._task, job.request_id, job.delivery),
-            self._queue.owner(self._task, job.request_id),
+            self._events.find_result(self._queue_name, job.request_id),
+            self._queue.older(self._queue_name, job.request_id, job.delivery),
+            self._queue.owner(self._queue_name, job.request_id),
         )
         if job.existing is not None:
             raise ResultExists if job.existing.request_digest == job.digest else IdConflict

@@ -1,6 +1,6 @@
 """Port of the bus: requests, deliveries, events, and the other workers."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
@@ -146,7 +146,7 @@ class Events(Protocol):
     Terminal events, requests and dead letters are retried until a stream has stored them.
     """
 
-    async def find_result(self, task: Task, request_id: str) -> ResultEvent | None:
+    async def find_result(self, queue: str, request_id: str) -> ResultEvent | None:
         """Return the stored terminal event of a request, or None."""
 
     async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> ResultEvent:
@@ -170,7 +170,7 @@ class Events(Protocol):
         """Publish a terminal event to the sender's subject, without a guarantee. Never raises."""
 
     async def publish_request(
-        self, task: Task, request: Request, *, reply_to: str | None, trace_parent: str | None
+        self, queue: str, request: Request, *, reply_to: str | None, trace_parent: str | None
     ) -> None:
         """Queue the next request of a chain; a repetition is harmless.
 
@@ -181,7 +181,7 @@ class Events(Protocol):
 
     async def retry_later(
         self,
-        task: Task,
+        queue: str,
         delivery: Message,
         *,
         request_id: str,
@@ -194,7 +194,7 @@ class Events(Protocol):
         The caller acknowledges the delivery afterwards.
 
         Args:
-            task: Task of the request.
+            queue: Queue of the request.
             delivery: The copy has its body, its headers and its number of deliveries.
             request_id: Id that the copy is queued under; the request's own subject may lack an id.
             attempts: Number of its deliveries that were attempts.
@@ -206,7 +206,7 @@ class Events(Protocol):
             QueueFull: The stream is full.
         """
 
-    async def dead_letter(self, task: Task, delivery: Message, letter: DeadLetter) -> None:
+    async def dead_letter(self, queue: str, delivery: Message, letter: DeadLetter) -> None:
         """Store the original body and headers of a request that no worker can handle."""
 
 
@@ -225,42 +225,45 @@ class StoredRequest:
 
 @dataclass(frozen=True)
 class IdLookup:
-    """The tasks with messages under one request id.
+    """The queues with messages under one request id.
 
     Attributes:
-        requests: Tasks whose request stream has a message with the id in its subject.
-        results: Tasks with a message on the result subject, valid or not.
+        requests: Queues whose request stream has a message with the id in its subject.
+        results: Queues with a message on the result subject, valid or not.
     """
 
-    requests: frozenset[Task]
-    results: frozenset[Task]
+    requests: frozenset[str]
+    results: frozenset[str]
 
 
 class Queue(Protocol):
     """Finds requests in their streams by the ids in their subjects."""
 
+    async def names(self) -> Collection[str]:
+        """Return the names of all queues of the installation."""
+
     async def find(self, request_id: str) -> IdLookup:
-        """Return which tasks have messages under an id, without loading the messages.
+        """Return which queues have messages under an id, without loading the messages.
 
         Raises:
             Unavailable: The bus cannot be used.
         """
 
-    async def find_results(self, request_id: str) -> frozenset[Task]:
+    async def find_results(self, request_id: str) -> frozenset[str]:
         """Return `IdLookup.results` alone.
 
         Raises:
             Unavailable: The bus cannot be used.
         """
 
-    async def oldest(self, task: Task, request_id: str) -> StoredRequest | None:
+    async def oldest(self, queue: str, request_id: str) -> StoredRequest | None:
         """Load the oldest request with this id, or return None.
 
         Raises:
             Unavailable: The bus cannot be used.
         """
 
-    async def older(self, task: Task, request_id: str, than: Message) -> Message | None:
+    async def older(self, queue: str, request_id: str, than: Message) -> Message | None:
         """Load the oldest request with this id in its subject, if it is older than `than`.
 
         Waits for the bus. Loads nothing if the message of `than` is the only one.
@@ -269,7 +272,7 @@ class Queue(Protocol):
             Unavailable: The client has closed the connection; the process must end.
         """
 
-    async def owner(self, task: Task, request_id: str) -> str | None:
+    async def owner(self, queue: str, request_id: str) -> str | None:
         """Return the digest that an id is reserved for since a retry of its request was stored.
 
         Waits for the bus.
@@ -278,7 +281,7 @@ class Queue(Protocol):
             Unavailable: The client has closed the connection; the process must end.
         """
 
-    async def cancel_retry(self, task: Task, request_id: str) -> None:
+    async def cancel_retry(self, queue: str, request_id: str) -> None:
         """Mark a request as cancelled for the worker of its next attempt. Never raises."""
 
 

@@ -12,7 +12,7 @@ class Artifacts(Protocol):
     """The object store."""
 
     async def store(
-        self, task: Task, request_id: str, index: int, image: EncodedImage
+        self, queue: str, request_id: str, index: int, image: EncodedImage
     ) -> ImageArtifact:
         """Store one output under a key that is derived from the request id and the output's bytes.
 

@@ -11,7 +11,7 @@ from pydantic import AwareDatetime, Field, StringConstraints, TypeAdapter
 from generation_contracts.artifacts import Output
 from generation_contracts.base import EventPart, Task
 from generation_contracts.failures import Failure
-from generation_contracts.subjects import RequestId
+from generation_contracts.subjects import QueueName, RequestId
 
 VERSION = "generation.v1"
 
@@ -80,6 +80,14 @@ class EventBase(EventPart):
     )
     metadata: dict[str, str] = Field(default_factory=dict, description="copied from the request")
     chain: ChainPlace | None = Field(default=None, description="absent outside a chain")
+    queue: QueueName | None = Field(
+        default=None, description="queue of the request; absent for the default queue of the task"
+    )
+
+    @property
+    def queue_name(self) -> str:
+        """Name of the queue, which is in the subjects of the event and of its request."""
+        return self.queue or str(self.task)
 
 
 class StartedEvent(EventBase):

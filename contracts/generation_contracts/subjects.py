@@ -11,6 +11,7 @@ from generation_contracts.base import Task, pattern_message
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 # NATS accepts `*`, `>` and `a.b` in a published subject. So ids and reply subjects are checked
 # before a subject is built from them.
+QUEUE_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,31}$"
 SUBJECT_PATTERN = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$"
 MAX_SUBJECT = 200  # characters; a 5,000-character reply subject closes the worker's connection
 HOLDER = "holder:"  # prefix of the request id in the last token of `Subjects.holder`
@@ -27,7 +28,17 @@ SubjectName = Annotated[
     pattern_message("must be characters of A-Z a-z 0-9 _ - between dots"),
 ]
 
+QueueName = Annotated[
+    str,
+    StringConstraints(pattern=QUEUE_PATTERN),
+    pattern_message("must be 1-32 characters of a-z 0-9 _ -, the first a letter or digit"),
+]
+
 _REQUEST_ID = re.compile(REQUEST_ID_PATTERN.removesuffix("$") + r"\Z")
+_QUEUE = re.compile(QUEUE_PATTERN.removesuffix("$") + r"\Z")
+# The streams of the root `a.requests` are named A_REQUESTS_RESULTS and so on, and a queue of the
+# root `a` must not have one of these names. The object keys of uploads begin with `uploads`.
+_RESERVED_QUEUES = frozenset({"advisories", "releases", "results", "retries", "uploads"})
 # Narrower than a subject, so that two roots never share a stream name.
 _ROOT = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*\Z")
 _SUBJECT = re.compile(SUBJECT_PATTERN.removesuffix("$") + r"\Z")
@@ -42,9 +53,30 @@ def is_request_id(value: str) -> bool:
     return _REQUEST_ID.match(value) is not None
 
 
+def require_queue_name(name: str, task: Task) -> None:
+    """Validate the name of a queue that serves a task.
+
+    The default queue of a task has the name of the task. The names of all other queues have no
+    `_`, so that no two stream names are equal and no later task has the name of a queue.
+
+    Raises:
+        ValueError: The name cannot be used. The text is for people.
+    """
+    if name == task:
+        return
+    if name in set(Task):
+        raise ValueError(f"is the default queue of the task {name}")
+    if _QUEUE.match(name) is None or "_" in name:
+        raise ValueError("must be 1-32 characters of a-z 0-9 -, the first a letter or digit")
+    if name in _RESERVED_QUEUES:
+        raise ValueError(f"must not be one of {', '.join(sorted(_RESERVED_QUEUES))}")
+
+
 @dataclass(frozen=True)
 class Subjects:
     """Every subject and stream name of one installation, derived from its root.
+
+    A queue is named by a string. The default queue of a task has the name of the task.
 
     Attributes:
         root: First tokens of all subjects, for example `generation` or `team-a.generation`.
@@ -56,38 +88,38 @@ class Subjects:
         if len(self.root) > MAX_ROOT or _ROOT.match(self.root) is None:
             raise ValueError("the subject root must be 1-24 characters of a-z 0-9 - between dots")
 
-    def request(self, task: Task, request_id: str | None = None) -> str:
+    def request(self, queue: str, request_id: str | None = None) -> str:
         """Return the subject of a request; a message with the id as last token is found by id."""
-        subject = f"{self.root}.request.{task}"
+        subject = f"{self.root}.request.{queue}"
         return subject if request_id is None else f"{subject}.{_checked(request_id)}"
 
-    def request_subjects(self, task: Task) -> tuple[str, str]:
-        """Return the subjects of the request stream of a task."""
-        return self.request(task), f"{self.root}.request.{task}.*"
+    def request_subjects(self, queue: str) -> tuple[str, str]:
+        """Return the subjects of the request stream of a queue."""
+        return self.request(queue), f"{self.root}.request.{queue}.*"
 
-    def result(self, task: Task, request_id: str) -> str:
+    def result(self, queue: str, request_id: str) -> str:
         """Return the subject of the one terminal event of a request."""
-        return f"{self.root}.result.{task}.{_checked(request_id)}"
+        return f"{self.root}.result.{queue}.{_checked(request_id)}"
 
-    def progress(self, task: Task, request_id: str) -> str:
+    def progress(self, queue: str, request_id: str) -> str:
         """Return the subject of `started` and `progress` events: core NATS, not stored."""
-        return f"{self.root}.progress.{task}.{_checked(request_id)}"
+        return f"{self.root}.progress.{queue}.{_checked(request_id)}"
 
-    def dead_letter(self, task: Task) -> str:
+    def dead_letter(self, queue: str) -> str:
         """Return the subject of dead letters: the original bytes of requests."""
-        return f"{self.root}.dead.{task}"
+        return f"{self.root}.dead.{queue}"
 
-    def retry(self, task: Task, request_id: str) -> str:
+    def retry(self, queue: str, request_id: str) -> str:
         """Return the subject of a request that is queued again after a delay."""
-        return f"{self.root}.retry.{task}.{_checked(request_id)}"
+        return f"{self.root}.retry.{queue}.{_checked(request_id)}"
 
-    def releases(self, task: Task) -> str:
+    def releases(self, queue: str) -> str:
         """Return the prefix of attempt marks. Tokens for message, delivery and kind follow."""
-        return f"{self.root}.released.{task}"
+        return f"{self.root}.released.{queue}"
 
-    def cancellation_marks(self, task: Task) -> str:
+    def cancellation_marks(self, queue: str) -> str:
         """Return the prefix of the marks on messages that were cancelled while in progress."""
-        return f"{self.root}.withdrawn.{task}"
+        return f"{self.root}.withdrawn.{queue}"
 
     def interrupt(self, request_id: str) -> str:
         """Return the subject on which one worker asks all workers to stop a request."""
@@ -111,9 +143,9 @@ class Subjects:
         """The wildcard subject of all cancellations."""
         return f"{self.root}.cancel.*"
 
-    def call(self, task: Task) -> str:
-        """Return the subject of the request-reply endpoint of a task."""
-        return f"{self.root}.call.{task}"
+    def call(self, queue: str) -> str:
+        """Return the subject of the request-reply endpoint of a queue."""
+        return f"{self.root}.call.{queue}"
 
     def cancel(self, request_id: str) -> str:
         """Return the subject on which a sender cancels a request."""
@@ -124,13 +156,13 @@ class Subjects:
         """The subject on which a sender asks for an address to upload an input image."""
         return f"{self.root}.upload"
 
-    def requests_stream(self, task: Task) -> str:
-        """Return the name of the work queue stream of a task.
+    def requests_stream(self, queue: str) -> str:
+        """Return the name of the work queue stream of a queue.
 
-        Each task has its own stream. In a shared stream the durables would need a filter, and then
+        Each queue has its own stream. In a shared stream the durables would need a filter, and then
         the server's cost of a delivery grows with the number of queued requests.
         """
-        return self._stream(f"REQUESTS_{task.upper()}")
+        return self._stream(f"REQUESTS_{queue.upper()}")
 
     @property
     def results_stream(self) -> str:
@@ -154,12 +186,22 @@ class Subjects:
 
     @property
     def advisories_stream(self) -> str:
-        """Name of the stream of the server's max-deliver advisories."""
+        """Name of the stream of the server's max-deliver advisories about default queues."""
         return self._stream("ADVISORIES")
 
-    def id_in(self, subject: str, task: Task) -> str | None:
+    def advisories_stream_of(self, queue: str) -> str:
+        """Return the name of the stream of the server's max-deliver advisories about a queue.
+
+        The default queues share a stream. Workers of earlier versions compare its subjects with
+        those that they know, so it cannot have the advisories about other queues.
+        """
+        if queue in set(Task):
+            return self.advisories_stream
+        return self._stream(f"ADVISORIES_{queue.upper()}")
+
+    def id_in(self, subject: str, queue: str) -> str | None:
         """Return the last token of a request subject, or None if the subject has no id."""
-        prefix = f"{self.request(task)}."
+        prefix = f"{self.request(queue)}."
         return subject.removeprefix(prefix) if subject.startswith(prefix) else None
 
     def check_reply(self, subject: str, allowed_prefixes: tuple[str, ...]) -> None:

@@ -307,9 +307,9 @@ class RealWorld:
             **limits,
         }
         events = JetStreamEvents(bus, self._subjects, ensure=ensure)
-        names = topology.durables(self._task)
+        names = {str(self._task): topology.durable_name(self._task)}
         queue = JetStreamQueue(bus, self._subjects, names)
-        workers = BroadcastWorkers(bus, self._subjects, task=self._task, durables=names)
+        workers = BroadcastWorkers(bus, self._subjects, queue=self._task, durables=names)
 
         def start() -> Executor:
             run_queue = RunQueue()

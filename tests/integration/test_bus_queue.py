@@ -26,7 +26,7 @@ def queue_of(installation: Installation, durable: str = str(TASK)) -> JetStreamQ
 
 
 def workers_of(installation: Installation) -> BroadcastWorkers:
-    return BroadcastWorkers(installation.bus, installation.subjects, task=TASK, durables=DURABLES)
+    return BroadcastWorkers(installation.bus, installation.subjects, queue=TASK, durables=DURABLES)
 
 
 @pytest.fixture

@@ -311,12 +311,15 @@ class MemoryQueue:
 
     async def owner(self, task: Task, request_id: str) -> str | None:
         await self.outage.over()
-        assert task is self.task
+        assert task == self.task
         return self.owners.get(request_id)
 
     async def cancel_retry(self, task: Task, request_id: str) -> None:
-        assert task is self.task
+        assert task == self.task
         self.cancelled_retries.add(request_id)
+
+    async def names(self) -> list[str]:
+        raise AssertionError("a job looks up no other queues")
 
     async def find(self, request_id: str) -> IdLookup:
         raise AssertionError(f"a job looks up no other requests: {request_id}")

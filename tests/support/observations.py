@@ -85,7 +85,7 @@ async def failure_counts(worker: Daemon, name: str) -> dict[str, float]:
 
 async def until_in_flight(scene: Scene, worker: Daemon, count: int) -> None:
     """Return once the metrics of a worker report a number of deliveries in flight."""
-    line = f'generation_jobs_in_flight{{task="{scene.task}"}} {float(count)}'
+    line = f'generation_jobs_in_flight{{queue="{scene.task}",task="{scene.task}"}} {float(count)}'
 
     async def in_flight() -> bool:
         async with (

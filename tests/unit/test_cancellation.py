@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from consumer.endpoints import cancellation
-from consumer.endpoints.cancellation import LOADS, LOOKUPS, Cancellation, TaskFinalizer
+from consumer.endpoints.cancellation import LOADS, LOOKUPS, Cancellation, QueueFinalizer
 from consumer.jobs.admission import Admission
 from consumer.jobs.finalizer import Finalizer
 from consumer.ports.bus import Delivery, IdLookup, StopAck, StoredRequest
@@ -42,6 +42,9 @@ class Queue:
         self.lookups = 0
         self.most_lookups = 0
         self._world = world
+
+    async def names(self) -> list[Task]:
+        return list(Task)
 
     async def find(self, request_id: str) -> IdLookup:
         self.lookups += 1
@@ -114,10 +117,10 @@ class Setup:
             queue=self.queue,
             workers=self.workers,
             events=world.events,
-            finalizers={task: self._finalizer(task) for task in Task},
+            finalizer_of=lambda queue: self._finalizer(Task(queue)),
         )
 
-    def _finalizer(self, task: Task) -> TaskFinalizer:
+    def _finalizer(self, task: Task) -> QueueFinalizer:
         finalizer = Finalizer(
             task=task,
             worker="canceller",
@@ -127,7 +130,7 @@ class Setup:
             retry_delay=0.0,
             observer=self.world.observer,
         )
-        return TaskFinalizer(Admission(task, self.world.subjects, ("_INBOX.",)), finalizer)
+        return QueueFinalizer(Admission(task, self.world.subjects, ("_INBOX.",)), finalizer)
 
     def store(
         self, stored_as: str, *, task: Task = T2I, never_delivered: bool = True, **fields: Any

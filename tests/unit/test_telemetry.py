@@ -41,9 +41,9 @@ def samples(metrics: Metrics) -> dict[str, float]:
 
 
 def series(metrics: Metrics, name: str) -> dict[str, float]:
-    """Return the samples of a metric by the value of the label other than the task."""
+    """Return the samples of a metric by the value of the label other than the task and the queue."""
     return {
-        next(value for label, value in sample.labels.items() if label != "task"): sample.value
+        next(value for label, value in sample.labels.items() if label not in {"task", "queue"}): sample.value
         for family in metrics.registry.collect()
         for sample in family.samples
         if sample.name == name
@@ -62,12 +62,12 @@ def test_metrics_count_jobs_by_outcome_and_the_time_of_each_stage() -> None:
     metrics.job_finished(JobReport("deadline_exceeded", 1, queued=8))
     metrics.job_finished(JobReport("requeued", 1, unsigned=2))
     metrics.device_busy(6.5)
-    task = "{'task': 'text_to_image'}"
+    task = "{'task': 'text_to_image', 'queue': 'text_to_image'}"
     assert samples(metrics) == {
-        "generation_jobs_total{'task': 'text_to_image', 'outcome': 'succeeded'}": 2,
-        "generation_jobs_total{'task': 'text_to_image', 'outcome': 'deadline_exceeded'}": 1,
-        "generation_failures_total{'task': 'text_to_image', 'code': 'deadline_exceeded'}": 1,
-        "generation_jobs_total{'task': 'text_to_image', 'outcome': 'requeued'}": 1,
+        "generation_jobs_total{'task': 'text_to_image', 'queue': 'text_to_image', 'outcome': 'succeeded'}": 2,
+        "generation_jobs_total{'task': 'text_to_image', 'queue': 'text_to_image', 'outcome': 'deadline_exceeded'}": 1,
+        "generation_failures_total{'task': 'text_to_image', 'queue': 'text_to_image', 'code': 'deadline_exceeded'}": 1,
+        "generation_jobs_total{'task': 'text_to_image', 'queue': 'text_to_image', 'outcome': 'requeued'}": 1,
         f"generation_unsigned_images_total{task}": 2,
         f"generation_redelivered_jobs_total{task}": 1,
         f"generation_jobs_in_flight{task}": 1,
@@ -91,7 +91,8 @@ def test_last_step_is_the_time_of_the_last_progress(notify: Callable[[Metrics], 
 
     def last_step() -> float | None:
         return metrics.registry.get_sample_value(
-            "generation_last_step_timestamp_seconds", {"task": "text_to_image"}
+            "generation_last_step_timestamp_seconds",
+            {"task": "text_to_image", "queue": "text_to_image"},
         )
 
     assert last_step() == 0
@@ -111,8 +112,8 @@ def test_refused_calls_are_counted_by_code() -> None:
 
 def test_store_metric_has_the_last_state_of_the_store() -> None:
     metrics = Metrics("text_to_image")
-    up = "generation_store_reachable{'task': 'text_to_image'}"
-    failures = "generation_store_failures_total{'task': 'text_to_image'}"
+    up = "generation_store_reachable{'task': 'text_to_image', 'queue': 'text_to_image'}"
+    failures = "generation_store_failures_total{'task': 'text_to_image', 'queue': 'text_to_image'}"
     metrics.store_reachable(True)  # noqa: FBT003 - the signature of the observer
     assert samples(metrics) == {up: 1}
     metrics.store_reachable(False, "503")  # noqa: FBT003 - the signature of the observer
@@ -181,9 +182,10 @@ def test_info_metrics_have_the_model_and_the_version() -> None:
         if sample.name.endswith("_info")
     }
     assert info == {
-        "generation_build_info": {"task": "text_to_image", "version": version(SOFTWARE)},
+        "generation_build_info": {"task": "text_to_image", "queue": "text_to_image", "version": version(SOFTWARE)},
         "generation_model_info": {
             "task": "text_to_image",
+            "queue": "text_to_image",
             "id": "some/model",
             "family": "FluxPipeline",
             "dtype": "bfloat16",
@@ -336,7 +338,7 @@ def test_lost_log_lines_are_counted_without_an_error(
     metrics = Metrics("text_to_image")
 
     def lost() -> float:
-        name, labels = "generation_lost_log_lines_total", {"task": "text_to_image"}
+        name, labels = "generation_lost_log_lines_total", dict.fromkeys(["task", "queue"], "text_to_image")
         return metrics.registry.get_sample_value(name, labels) or 0.0
 
     before = lost()

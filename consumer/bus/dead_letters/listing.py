@@ -52,7 +52,7 @@ class StoredDeadLetter:
     Attributes:
         sequence: Sequence of the message in the dead-letter stream.
         stored_at: Time at which that stream stored the message, aware.
-        task: None if this version does not know the task in the subject.
+        queue: Queue of the request, from the subject.
         headers: All headers of the message.
         size: Size of the body in bytes.
         body: Body of the request; None in a listing.
@@ -60,10 +60,15 @@ class StoredDeadLetter:
 
     sequence: int
     stored_at: datetime
-    task: Task | None
+    queue: str
     headers: dict[str, str] = field(repr=False)
     size: int
     body: bytes | None = field(default=None, repr=False)
+
+    @property
+    def task(self) -> Task | None:
+        """Task of a default queue; None for any other queue."""
+        return Task(self.queue) if self.queue in set(Task) else None
 
     @property
     def request_id(self) -> str:
@@ -174,7 +179,7 @@ class DeadLetters:
         return StoredDeadLetter(
             sequence=sequence,
             stored_at=found.stored_at,
-            task=self._task(found.subject),
+            queue=self._queue(found.subject),
             headers=found.headers,
             size=len(found.body),
             body=found.body,
@@ -217,13 +222,13 @@ class DeadLetters:
         return StoredDeadLetter(
             sequence=message.metadata.sequence.stream,
             stored_at=message.metadata.timestamp.astimezone(UTC),
-            task=self._task(message.subject),
+            queue=self._queue(message.subject),
             headers=headers,
             size=size,
         )
 
-    def _task(self, subject: str) -> Task | None:
-        return next((task for task in Task if self._subjects.dead_letter(task) == subject), None)
+    def _queue(self, subject: str) -> str:
+        return subject.removeprefix(f"{self._subjects.root}.dead.")
 
 
 @contextmanager

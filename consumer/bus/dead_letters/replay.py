@@ -16,6 +16,7 @@ the dead letter. A second replay completes an interrupted one:
 import hashlib
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Self
@@ -27,6 +28,7 @@ from nats.js.errors import APIError, NoStreamResponseError
 from consumer.bus.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.dead_letters.listing import StoredDeadLetter, describe_errors
+from consumer.bus.queue_directory import QueueDirectory
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
 from consumer.ports.bus import ResultEvent, ResultUnreadable
@@ -42,6 +44,7 @@ from generation_contracts import (
     request_digest,
 )
 from generation_contracts.headers import MESSAGE_ID, wire_size
+from generation_contracts.queues import QueueInfo
 from generation_contracts.subjects import is_request_id
 
 log = structlog.get_logger()
@@ -65,14 +68,15 @@ class _Attempt:
     """The message that a replay publishes.
 
     Attributes:
-        stream: Request stream of the task.
+        queue: Queue of the request.
+        stream: Request stream of the queue.
         subject: Request subject with the request's id, also if the original subject had none.
         headers: Headers of the request, without those that control NATS.
         message_id: Message id of the first copy, and prefix of the ids of later copies.
         digests: Possible digests of this request in its terminal event.
     """
 
-    task: Task
+    queue: str
     request_id: str
     stream: str
     subject: str
@@ -82,8 +86,15 @@ class _Attempt:
     body: bytes = field(repr=False)
 
     @classmethod
-    def of(cls, letter: StoredDeadLetter, subjects: Subjects) -> Self:
+    def of(
+        cls, letter: StoredDeadLetter, subjects: Subjects, queues: Mapping[str, QueueInfo]
+    ) -> Self:
         """Create the message for a dead letter.
+
+        Args:
+            letter: A dead letter with its body.
+            subjects: Subjects of the installation.
+            queues: All queues, by name.
 
         Raises:
             NotReplayed: The dead letter is incomplete.
@@ -92,22 +103,25 @@ class _Attempt:
             raise ValueError("a dead letter from a listing has no body; read it first")
         if letter.truncated:
             raise NotReplayed("it is truncated: the rest of the request is lost")
-        if letter.task is None or not is_request_id(letter.request_id):
-            raise NotReplayed("it does not name the task or the id of the request")
+        queue = queues.get(letter.queue)
+        if queue is None:
+            raise NotReplayed("its queue does not exist; `consumer queues list` lists the queues")
+        if not is_request_id(letter.request_id):
+            raise NotReplayed("it does not name the id of the request")
         # Only the id is taken from the subject in the header. Every client with permission to write
         # dead letters can write any subject there, and this process may publish to any subject.
-        token = subjects.id_in(letter.subject, letter.task)
+        token = subjects.id_in(letter.subject, queue.name)
         request_id = token if token is not None and is_request_id(token) else letter.request_id
         # With the time, because sequences repeat when the stream is created again.
         message = f"{subjects.dead_letters_stream}-{letter.sequence}"
         return cls(
-            task=letter.task,
+            queue=queue.name,
             request_id=letter.request_id,
-            stream=subjects.requests_stream(letter.task),
-            subject=subjects.request(letter.task, request_id),
+            stream=subjects.requests_stream(queue.name),
+            subject=subjects.request(queue.name, request_id),
             headers=_without_control_headers(letter.originals),
             message_id=f"{message}-{int(letter.stored_at.timestamp() * 1e6):x}.replay",
-            digests=_digests(letter.task, letter.body),
+            digests=_digests(queue.task, letter.body),
             body=letter.body,
         )
 
@@ -132,6 +146,7 @@ class Replayer:
         self._bus = bus
         self._subjects = subjects
         self._results = subjects.results_stream
+        self._directory = QueueDirectory(bus, subjects)
 
     async def replay(self, letter: StoredDeadLetter) -> Replay:
         """Publish the request of a dead letter again, and delete the dead letter.
@@ -149,7 +164,7 @@ class Replayer:
             BusUnavailable: The server does not reply, refuses, or lacks a stream. Another call
                 completes the replay.
         """
-        attempt = _Attempt.of(letter, self._subjects)
+        attempt = _Attempt.of(letter, self._subjects, await self._directory.queues())
         outcome = await self._republish(letter, attempt)
         await self._delete(self._subjects.dead_letters_stream, letter.sequence)
         log.info(
@@ -208,12 +223,12 @@ class Replayer:
         return stored is not None and (stored.subject, stored.body) == expected
 
     async def _read_result(self, attempt: _Attempt) -> _StoredResult | None:
-        subject = self._subjects.result(attempt.task, attempt.request_id)
+        subject = self._subjects.result(attempt.queue, attempt.request_id)
         stored = await self._read(self._results, subject=subject)
         if stored is None:
             return None
         try:
-            event = event_of(stored, attempt.task, attempt.request_id)
+            event = event_of(stored, attempt.queue, attempt.request_id)
         except ResultUnreadable:
             raise NotReplayed("the event under its id cannot be read") from None
         # The worker deletes a message that is not an event of the request.
