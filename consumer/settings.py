@@ -33,7 +33,7 @@ from generation_contracts.servers import Servers, parse_servers
 from generation_contracts.queues import QueueInfo
 from generation_contracts.subjects import SUBJECT_PATTERN, QueueName, require_queue_name
 
-_SPELLINGS = {"text2image": Task.TEXT_TO_IMAGE, "image2text": Task.IMAGE_TO_TEXT}
+_SPELLINGS = {str(task).replace("_to_", "2"): task for task in Task}
 # Characters that editors and `kubectl create secret --from-file` add to a value: ASCII white space,
 # and the byte order mark of files from Windows.
 _AROUND = " \t\r\n\v\f\ufeff"

@@ -7,7 +7,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from consumer.app.apply import API_WITHIN, CONNECT_WITHIN
 from consumer.app.composition import make_artifacts, make_runner, make_topology
@@ -38,19 +37,14 @@ from consumer.ports.model import (
 )
 from consumer.ports.store import StoreUnavailable
 from consumer.ports.unavailable import Unavailable
+from consumer.runners.task_settings import runner_spec
 from consumer.settings import Settings
-from generation_contracts import ImageToTextRequest, Request, Task, TextToImageRequest
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from generation_contracts import Task
 
 EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 69
 EXIT_MODEL_LOST = 70
 
-_PROMPT = "a small red star on a white background at the top"
-_QUESTION = "Describe this picture."
-_SIDE = 224  # pixels: width and height of the image that the model describes
 _SHOWN = 200  # characters of the generated text
 
 
@@ -219,7 +213,7 @@ def _libraries(model: ModelDescription) -> str:
 
 
 async def _generate(runner: Runner, queue: RunQueue, task: Task) -> str:
-    request, images = _sample_request(task)
+    request, images = runner_spec(task).sample()
     start = time.perf_counter()
     runner.check(request)
     ticket = queue.put()
@@ -228,18 +222,6 @@ async def _generate(runner: Runner, queue: RunQueue, task: Task) -> str:
     output = ticket.take()
     made = f"{_summary(output)} in {time.perf_counter() - start:.1f} s"
     return "; ".join((made, *output.warnings))
-
-
-def _sample_request(task: Task) -> tuple[Request, list["Image"]]:
-    if task is Task.TEXT_TO_IMAGE:
-        return TextToImageRequest(prompt=_PROMPT), []
-    from PIL import Image, ImageDraw  # noqa: PLC0415 - the other checks need no images
-
-    image = Image.new("RGB", (_SIDE, _SIDE), "white")
-    box = [_SIDE // 4, _SIDE // 4, 3 * _SIDE // 4, 3 * _SIDE // 4]
-    ImageDraw.Draw(image).ellipse(box, fill="red")
-    # The contract requires an image reference; the runner receives the decoded image instead.
-    return ImageToTextRequest(prompt=_QUESTION, images=("s3://check/image.png",)), [image]
 
 
 def _summary(output: RunnerOutput) -> str:

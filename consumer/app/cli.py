@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from consumer.gateway.keys import KeyFile
     from consumer.settings import Settings
     from generation_client import GenerationClient
-    from generation_contracts import Request
+    from generation_contracts import Request, TaskSpec
 
 EXIT_FAILED = 1  # the job failed
 EXIT_USAGE = 2  # usage or settings
@@ -214,13 +215,14 @@ def demo(prompt: str, question: str, *, as_json: bool, opens: bool) -> None:
 
     The image is saved in the working directory. Terminals that can display images show it.
     """
-    from consumer.app.sender_commands import image_to_text, text_to_image
-    from generation_contracts import ArtifactReference
+    from consumer.app.sender_commands import new_request
+    from generation_contracts import ArtifactReference, ImageToTextRequest, TextToImageRequest
 
-    request = _build_request(text_to_image, {"prompt": prompt, "deadline": None})
+    make_request = partial(new_request, TextToImageRequest)
+    request = _build_request(make_request, {"prompt": prompt, "deadline": None})
     image = ArtifactReference(bucket="generation", key="the image, whose key is not known yet")
     about = {"prompt": question, "images": (image,), "deadline": None}
-    _build_request(image_to_text, about, names={"prompt": "--question"})
+    _build_request(partial(new_request, ImageToTextRequest), about, names={"prompt": "--question"})
     from consumer.app.development import demo as run_demo
 
     as_json = as_json or not sys.stdout.isatty()
@@ -296,7 +298,24 @@ def schema(config: Path | None, *, json_schema: bool, markdown: bool) -> None:
     _guarded(lambda: click.echo(text))
 
 
-@cli.group()
+class _TaskCommands(click.Group):
+    """One command for each task, made when it is needed: the contracts import pydantic."""
+
+    def list_commands(self, _: click.Context) -> list[str]:
+        """Return the names of the commands."""
+        from generation_contracts import Task
+
+        return [str(task).replace("_", "-") for task in Task]
+
+    def get_command(self, _: click.Context, name: str) -> click.Command | None:
+        """Return a command; None if there is no such task."""
+        from generation_contracts import TASKS, Task
+
+        known = {str(task).replace("_", "-"): task for task in Task}
+        return _task_command(name, TASKS[known[name]]) if name in known else None
+
+
+@cli.group(cls=_TaskCommands)
 def request() -> None:
     """Publish a request to NATS and wait for its result."""
 
@@ -321,68 +340,32 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@request.command("text-to-image")
-@click.argument("prompt")
-@click.option("--negative-prompt")
-@click.option("--width", type=int)
-@click.option("--height", type=int)
-@click.option("--steps", "num_inference_steps", type=int)
-@click.option("--guidance-scale", type=float)
-@click.option("--images", "num_images", type=int, help="Number of images.")
-@click.option("--format", "output_format", type=click.Choice(["png", "webp", "jpeg"]))
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, exists=True, path_type=Path),
-    default=Path(),
-    help="Folder for the images; default: the working directory.",
-)
-@common_options
-def request_text_to_image(
-    config: Path | None, as_json: bool, output: Path, **parameters: Any
-) -> None:
-    """Generate an image of PROMPT and save it."""
-    settings = _settings(config)
-    from consumer.app.sender_commands import text_to_image
+def _task_command(name: str, spec: "TaskSpec") -> click.Command:
+    """Return the command that sends a request of a task and waits for its result."""
+    from consumer.app.task_options import decorators
 
-    built = _build_request(text_to_image, parameters)
-    _send_and_wait(settings, built, as_json=as_json, folder=output)
+    def send(config: Path | None, **parameters: Any) -> None:
+        _send_task(spec, _settings(config), parameters)
 
-
-@request.command("image-to-text")
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-@click.argument("prompt")
-@click.option("--system")
-@click.option("--max-new-tokens", type=int)
-@click.option("--temperature", type=float)
-@click.option("--top-p", type=float)
-@click.option("--top-k", type=int)
-@click.option("--repetition-penalty", type=float)
-@click.option("--stream", is_flag=True, help="Show the text as it appears.")
-@click.option("--upload", is_flag=True, help="Upload the files unchanged, also those that fit.")
-@common_options
-def request_image_to_text(
-    config: Path | None, as_json: bool, images: tuple[str, ...], *, upload: bool, **parameters: Any
-) -> None:
-    """Ask PROMPT about each IMAGE and print the text.
-
-    An IMAGE is a file of any size, or s3://bucket/key.
-
-    Files that do not fit into the request are scaled to the pixels that the worker uses, or
-    uploaded.
-    """
-    settings = _settings(config)
-    from consumer.app.sender_commands import PLACEHOLDER, image_source, image_to_text
-
-    try:
-        sources = tuple(image_source(image) for image in images)
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}", EXIT_USAGE)
-    built = _build_request(image_to_text, {**parameters, "images": (PLACEHOLDER,)})
-
-    async def with_images(client: "GenerationClient") -> "Request":
-        return await client.with_images(built, sources, upload=upload)
-
-    _send_and_wait(settings, built, as_json=as_json, folder=Path(), prepare=with_images)
+    command: Callable[..., None] = common_options(send)
+    added = list(decorators(spec))
+    if spec.stores_files:
+        folder = click.Path(file_okay=False, exists=True, path_type=Path)
+        text = "Folder for the files; default: the working directory."
+        added.append(click.option("--output", type=folder, default=Path(), help=text))
+    if spec.image_fields:
+        text = "Upload the files unchanged, also those that fit into the request."
+        added.append(click.option("--upload", is_flag=True, help=text))
+    for decorator in reversed(added):
+        command = decorator(command)
+    text = f"{spec.request.__doc__}\n\nThe result is "
+    text += "saved as files." if spec.stores_files else "printed."
+    if spec.image_fields:
+        text += (
+            "\n\nAn IMAGE is a file of any size, or s3://bucket/key. Files that do not fit into "
+            "the request are scaled to the pixels that the worker uses, or uploaded."
+        )
+    return click.command(name, help=text)(command)
 
 
 @cli.command()
@@ -606,6 +589,27 @@ def _build_request(
         _fail(f"{field}: {first['msg']}", EXIT_USAGE)
 
 
+def _send_task(spec: "TaskSpec", settings: "Settings", parameters: dict[str, Any]) -> None:
+    """Send the request of a command's arguments, wait for it and show the result."""
+    from consumer.app.sender_commands import PLACEHOLDER, image_source, new_request
+
+    as_json, folder = parameters.pop("as_json"), parameters.pop("output", Path())
+    upload, images = parameters.pop("upload", False), parameters.pop("images", ())
+    try:
+        sources = tuple(image_source(image) for image in images)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}", EXIT_USAGE)
+    if sources:
+        parameters["images"] = (PLACEHOLDER,)  # while the other fields are checked
+    built = _build_request(partial(new_request, spec.request), parameters)
+
+    async def with_images(client: "GenerationClient") -> "Request":
+        return await client.with_images(built, sources, upload=upload)
+
+    prepare = with_images if sources else None
+    _send_and_wait(settings, built, as_json=as_json, folder=folder, prepare=prepare)
+
+
 def _send_and_wait(
     settings: "Settings",
     request: "Request",
@@ -619,7 +623,7 @@ def _send_and_wait(
     from consumer.app.sender_commands import (
         NoDisplay,
         ProgressBar,
-        save_images,
+        save_files,
         send_request,
         summary,
     )
@@ -640,7 +644,7 @@ def _send_and_wait(
             click.echo(encode(event).decode())
             return 0 if succeeded else EXIT_FAILED
         saved = (
-            await save_images(client, event, folder, event.request_id)
+            await save_files(client, event, folder, event.request_id)
             if isinstance(event, SucceededEvent)
             else []
         )

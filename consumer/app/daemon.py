@@ -67,7 +67,7 @@ from consumer.ports.store import StoreUnavailable
 from consumer.ports.telemetry import NoTracer, Tracer
 from consumer.ports.unavailable import Unavailable
 from consumer.settings import Settings
-from generation_contracts import Task
+from generation_contracts import TASKS
 
 log = structlog.get_logger()
 
@@ -365,7 +365,7 @@ class Daemon:
                 except Exception as error:  # noqa: BLE001 - a failed check must not end the daemon
                     log.warning("store_check_failed", error=type(error).__name__)
             # A worker that cannot reach the store leaves new requests to other workers.
-            needed = self._task is Task.TEXT_TO_IMAGE or executor.waits_for_store
+            needed = TASKS[self._task].stores_files or executor.waits_for_store
             if not self._health.store_reachable and needed:
                 pull.pause()
             else:

@@ -18,7 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from consumer.app.apply import CONNECT_WITHIN, apply
 from consumer.app.composition import make_runner
 from consumer.app.job_lines import JobLines
-from consumer.app.sender_commands import ProgressBar, image_to_text, save_images, send_request
+from consumer.app.sender_commands import ProgressBar, new_request, save_files, send_request
 from consumer.app.supervision import supervised
 from consumer.app.terminal_image import show_image
 from consumer.app.viewer import open_file
@@ -33,6 +33,7 @@ from generation_contracts import (
     ArtifactReference,
     FailedEvent,
     ImageArtifact,
+    ImageToTextRequest,
     Request,
     SucceededEvent,
     Task,
@@ -232,13 +233,12 @@ class _Demonstration:
                 return 1
             image = next(o for o in drawn.outputs if isinstance(o, ImageArtifact))
             name = f"demo-{drawn.request_id[:8]}"
-            (file,) = await save_images(client, drawn, self._folder, name)
+            (file,) = await save_files(client, drawn, self._folder, name)
             self._show_image(drawn, image, file)
             opened = not self._opens or await self._open(file)
             reference = ArtifactReference(bucket=image.bucket, key=image.key)
-            described = await self._send(
-                client, image_to_text(question, (reference,)), f"image to text: {question}"
-            )
+            about = new_request(ImageToTextRequest, prompt=question, images=(reference,))
+            described = await self._send(client, about, f"image to text: {question}")
             if not isinstance(described, SucceededEvent):
                 return 1
             self._show_text(described)

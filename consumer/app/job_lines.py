@@ -13,12 +13,12 @@ from rich.text import Text
 from consumer.ports.bus import ResultEvent
 from generation_client import AnyEvent
 from generation_contracts import (
+    TASKS,
     CancelledEvent,
     FailedEvent,
     ProgressEvent,
     StartedEvent,
     SucceededEvent,
-    Task,
 )
 
 SHOWN = 8  # running jobs
@@ -119,7 +119,7 @@ def running_line(started: StartedEvent, progress: ProgressEvent | None, now: dat
     """
     steps = ""
     if progress is not None:
-        is_text = progress.task is Task.IMAGE_TO_TEXT  # its length is not known in advance
+        is_text = TASKS[progress.task].output == "text"  # its length is not known in advance
         steps = f"{progress.step} tokens" if is_text else f"{progress.step}/{progress.of} steps"
     seconds = max(0.0, (now - started.time).total_seconds())
     return _line(started, started.time, "running", seconds, steps)

@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,18 +17,19 @@ from consumer.bus.services import worker_metadata
 from consumer.ports.bus import ResultEvent
 from generation_client import GenerationClient, new_request_id, task_of
 from generation_contracts import (
+    TASKS,
     FailedEvent,
-    ImageArtifact,
-    ImageToTextRequest,
     ProgressEvent,
     Request,
     StartedEvent,
+    StoredArtifact,
     SucceededEvent,
     Task,
     TextOutput,
-    TextToImageRequest,
 )
 from generation_contracts.artifacts import ImageSource
+
+R = TypeVar("R", bound=Request)
 
 PLACEHOLDER = "s3://not-yet/known"  # an image, while the other fields of a request are checked
 WORKERS_ASKED_AFTER = 5.0  # seconds in which an idle worker would have started the request
@@ -131,23 +132,23 @@ async def _show_workers(queue: QueueLength, task: Task, display: Display) -> Non
         display.note(f"no worker of {task} is running: the request waits until one starts")
 
 
-async def save_images(
+async def save_files(
     client: GenerationClient, event: SucceededEvent, folder: Path, name: str
 ) -> list[Path]:
-    """Download and save every image of a result.
+    """Download and save every file of a result.
 
     Returns:
-        The files: `<name>.png`, or `<name>-<n>.png` for several images.
+        The files: `<name>.png`, or `<name>-<n>.png` for several.
 
     Raises:
-        DownloadFailed: An image cannot be downloaded, or its bytes differ from the stored digest.
+        DownloadFailed: A file cannot be downloaded, or its bytes differ from the stored digest.
     """
-    images = [output for output in event.outputs if isinstance(output, ImageArtifact)]
-    contents = [await client.download(image) for image in images]
+    files = [output for output in event.outputs if isinstance(output, StoredArtifact)]
+    contents = [await client.download(file) for file in files]
     saved = []
-    for number, (image, content) in enumerate(zip(images, contents, strict=True)):
-        suffix = Path(image.key).suffix
-        file = folder / (f"{name}{suffix}" if len(images) == 1 else f"{name}-{number}{suffix}")
+    for number, (artifact, content) in enumerate(zip(files, contents, strict=True)):
+        suffix = Path(artifact.key).suffix
+        file = folder / (f"{name}{suffix}" if len(files) == 1 else f"{name}-{number}{suffix}")
         await asyncio.to_thread(file.write_bytes, content)
         saved.append(file)
     return saved
@@ -215,7 +216,7 @@ class ProgressBar:
             self._console.out(event.text, end="", highlight=False)
             self.text += event.text
             return
-        is_text = event.task is Task.IMAGE_TO_TEXT
+        is_text = TASKS[event.task].output == "text"
         self._progress.update(
             self._bar,
             description=str(event.task).replace("_", " "),
@@ -277,8 +278,8 @@ def cancelled_line(request_id: str, ended: str | None) -> str:
             return f"{request_id}: too late to cancel, the request has ended: {kind}"
 
 
-def text_to_image(prompt: str, **parameters: Any) -> TextToImageRequest:
-    """Build a text-to-image request; a parameter that is None is left to the model's default.
+def new_request(kind: type[R], **parameters: Any) -> R:
+    """Build a request; a parameter that is None is left to the model's default.
 
     The request has a new id unless `request_id` is given.
 
@@ -286,20 +287,4 @@ def text_to_image(prompt: str, **parameters: Any) -> TextToImageRequest:
         pydantic.ValidationError: A parameter violates the contract.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
-    return TextToImageRequest(prompt=prompt, **{"request_id": new_request_id(), **given})
-
-
-def image_to_text(
-    prompt: str, images: tuple[ImageSource, ...], **parameters: Any
-) -> ImageToTextRequest:
-    """Build an image-to-text request; a parameter that is None is left to the model's default.
-
-    The request has a new id unless `request_id` is given.
-
-    Raises:
-        pydantic.ValidationError: A parameter violates the contract.
-    """
-    given = {name: value for name, value in parameters.items() if value is not None}
-    return ImageToTextRequest(
-        prompt=prompt, images=images, **{"request_id": new_request_id(), **given}
-    )
+    return kind(**{"request_id": new_request_id(), **given})

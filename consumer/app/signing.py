@@ -13,7 +13,7 @@ from PIL import Image
 from consumer.media.codec import ImageCodec
 from consumer.ports.media import EncodedImage, SigningFailed
 from consumer.settings import Settings, SettingsError
-from generation_contracts import Task
+from generation_contracts import TASKS
 
 if TYPE_CHECKING:
     from consumer.media.content_credentials import ContentCredentials, SigningConfig
@@ -32,7 +32,7 @@ def make_credentials(settings: Settings) -> "ContentCredentials | None":
         SettingsError: The extra is not installed, or the chain, the key or the callback cannot be
             used; the text begins with the setting.
     """
-    if settings.consumer_c2pa == "off" or settings.task is not Task.TEXT_TO_IMAGE:
+    if settings.consumer_c2pa == "off" or TASKS[settings.task].output != "image":
         return None
     if find_spec("c2pa") is None:
         raise SettingsError("CONSUMER_C2PA: needs the extra `c2pa`")

@@ -42,6 +42,7 @@ from consumer.ports.telemetry import Observer
 from consumer.ports.unavailable import Unavailable
 from generation_client import QueueFull, RequestTooLarge, ServiceUnavailable, submit
 from generation_contracts import (
+    TASKS,
     CancelReply,
     FailedEvent,
     Failure,
@@ -151,7 +152,7 @@ class WorkerService:
                 name=str(task),
                 subject=self._subjects.call(task),
                 handler=self._call,
-                metadata={"request": json.dumps(json_schemas()[_TITLES[task]])},
+                metadata={"request": json.dumps(json_schemas()[TASKS[task].request.__name__])},
             )
             await self._service.add_endpoint(
                 name="cancel", subject=self._subjects.cancels, handler=self._cancel_if_allowed
@@ -329,9 +330,6 @@ class WorkerService:
                 await self._bus.client.publish(message.reply, reply)
             except (Error, OSError) as error:
                 log.warning("interrupt_not_answered", error=type(error).__name__)
-
-
-_TITLES = {Task.TEXT_TO_IMAGE: "TextToImageRequest", Task.IMAGE_TO_TEXT: "ImageToTextRequest"}
 
 
 class _Expired(Exception):  # noqa: N818 - a state of the request

@@ -9,8 +9,7 @@ from http import HTTPStatus
 from consumer.gateway.errors import ApiError, invalid
 from consumer.gateway.inputs import require_own_inputs
 from consumer.gateway.tenants import Bounds, Caller, Tenant
-from generation_contracts import Request
-from generation_contracts.requests import TextToImageParameters
+from generation_contracts import TASKS, Request, Step, Task
 
 MINUTE = 60.0  # seconds
 WAITING_RETRY_AFTER = 5  # seconds
@@ -127,19 +126,23 @@ def _require_within(bounds: Bounds, request: Request) -> None:
     Raises:
         ApiError: 400 that names the parameter.
     """
-    for path, part in _image_parts(request):
-        if bounds.images is not None and part.num_images > bounds.images:
-            raise _too_large(f"{path}num_images", f"at most {bounds.images}")
-        steps = part.num_inference_steps
+    for path, part in _parts(request):
+        count_field = TASKS[Task(part.task)].count_field
+        count: int = 0 if count_field is None else getattr(part, count_field)
+        if bounds.images is not None and count > bounds.images:
+            raise _too_large(f"{path}{count_field}", f"at most {bounds.images}")
+        steps: int | None = getattr(part, "num_inference_steps", None)
         if bounds.steps is not None and steps is not None and steps > bounds.steps:
             raise _too_large(f"{path}num_inference_steps", f"at most {bounds.steps}")
-        if bounds.pixels is None or (part.width is None and part.height is None):
+        width: int | None = getattr(part, "width", None)
+        height: int | None = getattr(part, "height", None)
+        if bounds.pixels is None or (width is None and height is None):
             continue
-        if part.width is None or part.height is None:
+        if width is None or height is None:
             # The gateway does not know the default of the other side, so it cannot check the size.
-            missing = "width" if part.width is None else "height"
+            missing = "width" if width is None else "height"
             raise _too_large(f"{path}{missing}", "needed with the other side")
-        if part.width * part.height > bounds.pixels:
+        if width * height > bounds.pixels:
             bound = f"width times height at most {bounds.pixels} pixels"
             raise _too_large(f"{path}width", bound)
 
@@ -148,10 +151,7 @@ def _too_large(param: str, bound: str) -> ApiError:
     return invalid(f"{param}: {bound} with this key", param=param, code="bound_exceeded")
 
 
-def _image_parts(request: Request) -> Iterator[tuple[str, TextToImageParameters]]:
-    """Yield each part of a request that generates images, after the path prefix of its fields."""
-    if isinstance(request, TextToImageParameters):
-        yield "", request
-    for number, step in enumerate(request.then):
-        if isinstance(step, TextToImageParameters):
-            yield f"then.{number}.", step
+def _parts(request: Request) -> Iterator[tuple[str, Request | Step]]:
+    """Yield a request and the steps of its chain, each after the path prefix of its fields."""
+    yield "", request
+    yield from ((f"then.{number}.", step) for number, step in enumerate(request.then))

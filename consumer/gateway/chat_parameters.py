@@ -10,7 +10,7 @@ from consumer.gateway.error_handlers import UNION_TAG
 from consumer.gateway.errors import invalid
 from consumer.gateway.openai_parameters import Fixed, Identifier, ModelName, OpenAIBody, Word
 from generation_contracts import ImageToTextRequest, Task
-from generation_contracts.requests import MAX_IMAGES, MAX_NEW_TOKENS, Metadata, Seed
+from generation_contracts.fields import MAX_IMAGES, MAX_NEW_TOKENS, Metadata, Seed
 
 MAX_MESSAGES = 100
 MAX_PARTS = 4 * MAX_IMAGES

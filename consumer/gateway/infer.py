@@ -14,12 +14,9 @@ from consumer.gateway.errors import ApiError
 from consumer.gateway.waiting import Call, SenderPart
 from generation_contracts import ImageArtifact, SucceededEvent, Task, TextOutput
 from generation_contracts import Request as GenerationRequest
-from generation_contracts.requests import (
-    ImageToTextParameters,
-    Metadata,
-    Prompt,
-    TextToImageParameters,
-)
+from generation_contracts.fields import Metadata, Prompt
+from generation_contracts.tasks.image_to_text import ImageToTextParameters
+from generation_contracts.tasks.text_to_image import TextToImageParameters
 
 TEXT_TO_IMAGE = f"{UNION_TAG}text2image"
 IMAGE_TO_TEXT = f"{UNION_TAG}image2text"

@@ -9,9 +9,8 @@ from http import HTTPStatus
 
 from consumer.gateway.errors import ApiError
 from consumer.gateway.tenants import Tenant
-from generation_contracts import Request, Task
+from generation_contracts import TASKS, Request, Step, Task
 from generation_contracts.artifacts import ArtifactReference, ImageSource
-from generation_contracts.requests import ImageToTextRequest, ImageToTextStep
 
 
 def require_own_inputs(tenant: Tenant, request: Request, shared: Sequence[str]) -> None:
@@ -38,11 +37,11 @@ def require_own_inputs(tenant: Tenant, request: Request, shared: Sequence[str]) 
 
 
 def _sources(request: Request) -> Iterator[tuple[str, ImageSource]]:
-    parts = [("", request), *((f"then.{n}.", step) for n, step in enumerate(request.then))]
+    parts: list[tuple[str, Request | Step]] = [("", request)]
+    parts += ((f"then.{n}.", step) for n, step in enumerate(request.then))
     for prefix, part in parts:
-        if isinstance(part, ImageToTextRequest | ImageToTextStep) and part.images != "$outputs":
-            for number, source in enumerate(part.images):
-                yield f"{prefix}images.{number}", source
+        for place, source in TASKS[Task(part.task)].sources(part):
+            yield f"{prefix}{place}", source
 
 
 def _object_path(source: ImageSource) -> str | None:

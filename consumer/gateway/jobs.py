@@ -37,8 +37,8 @@ from generation_client.lookup import ResultEvent
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,
-    ImageArtifact,
     Request,
+    StoredArtifact,
     SucceededEvent,
     Task,
     TerminalEvent,
@@ -341,7 +341,7 @@ class Jobs:
         """
         outputs = event.outputs
         output = outputs[number] if 0 <= number < len(outputs) else None
-        if not isinstance(output, ImageArtifact):
+        if not isinstance(output, StoredArtifact):
             raise not_found("this job has no such output")
         require_address(output)
         with as_api_errors():

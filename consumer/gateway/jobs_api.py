@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import dataclass
+from functools import reduce
 from http import HTTPStatus
+from operator import or_
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints, create_model
 
 from consumer.gateway.answers import GENERATED, GENERATED_DESCRIBED
 from consumer.gateway.context import GatewayPart, note_job
@@ -29,19 +31,12 @@ from consumer.gateway.keys import Authenticated
 from consumer.gateway.sse import EventStream
 from consumer.gateway.tenants import Caller
 from consumer.gateway.waiting import SenderPart
-from generation_contracts import ImageArtifact, SucceededEvent, Task
+from generation_contracts import Request as GenerationRequest
+from generation_contracts import StoredArtifact, SucceededEvent, Task
 from generation_contracts.base import RequestPart, pattern_message
-from generation_contracts.requests import (
-    MAX_CHAIN,
-    Deadline,
-    Images,
-    ImageToTextParameters,
-    Metadata,
-    NextStep,
-    Prompt,
-    TextToImageParameters,
-)
+from generation_contracts.fields import MAX_CHAIN, Deadline, Metadata
 from generation_contracts.subjects import RequestId
+from generation_contracts.tasks import NEXT_STEP, TASKS, TaskSpec
 
 MAX_PAGE = 100  # jobs
 
@@ -71,28 +66,26 @@ class _JobFields(RequestPart):
     metadata: Metadata = Field(
         default_factory=dict, description="values of the sender, echoed in every event"
     )
-    then: Annotated[tuple[NextStep, ...], Field(max_length=MAX_CHAIN)] = Field(
+    then: Annotated[tuple[NEXT_STEP, ...], Field(max_length=MAX_CHAIN)] = Field(
         default=(),
         description="routing slip: the following requests, each built from the previous result",
     )
 
 
-class TextToImageJob(TextToImageParameters, _JobFields):
-    """Make images from a prompt."""
-
-    task: Literal["text_to_image"]
-    prompt: Prompt
-
-
-class ImageToTextJob(ImageToTextParameters, _JobFields):
-    """Describe images, or answer a question about them."""
-
-    task: Literal["image_to_text"]
-    prompt: Prompt
-    images: Images
+def _job_body(spec: TaskSpec) -> type[BaseModel]:
+    """Return the body of a job: the request of a task, without the envelope of the bus."""
+    base = (spec.parameters, _JobFields)
+    inherited = spec.parameters.model_fields.keys() | GenerationRequest.model_fields.keys()
+    fields: dict[str, Any] = {"task": (Literal[str(spec.task)], ...)}
+    for name, info in spec.request.model_fields.items():
+        if name not in inherited:
+            fields[name] = (Annotated[info.annotation, *info.metadata], info)
+    name = spec.request.__name__.replace("Request", "Job")
+    return create_model(name, __base__=base, __doc__=spec.request.__doc__, **fields)
 
 
-JobBody = Annotated[TextToImageJob | ImageToTextJob, Body(discriminator="task")]
+_BODIES: Any = reduce(or_, (_job_body(spec) for spec in TASKS.values()))
+JobBody = Annotated[_BODIES, Body(discriminator="task")]
 
 
 @dataclass(frozen=True)
@@ -245,7 +238,7 @@ async def read_output(
     if not isinstance(event, SucceededEvent) or not 0 <= number < len(event.outputs):
         raise not_found("this job has no such output")
     output = event.outputs[number]
-    if not isinstance(output, ImageArtifact):
+    if not isinstance(output, StoredArtifact):
         return Response(output.text, media_type="text/plain", headers=OUTPUT_HEADERS)
     headers = {**OUTPUT_HEADERS, "etag": f'"{output.sha256}"'}
     if matches(if_none_match or "", headers["etag"]):

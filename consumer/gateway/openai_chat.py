@@ -18,7 +18,7 @@ from consumer.gateway.sse import DONE, EventStream, sse_message
 from consumer.gateway.text_stream import TextStream
 from consumer.gateway.waiting import Call, SenderPart
 from generation_contracts import StartedEvent, SucceededEvent, Task, TextOutput
-from generation_contracts.requests import MAX_SEED
+from generation_contracts.fields import MAX_SEED
 
 router = APIRouter(tags=["OpenAI"])
 

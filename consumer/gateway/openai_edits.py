@@ -14,7 +14,7 @@ from consumer.gateway.openai_images import IMAGES_ANSWERS, answer
 from consumer.gateway.openai_parameters import Fixed, ImageParameters, Word
 from consumer.gateway.waiting import SenderPart
 from generation_contracts import TextToImageRequest
-from generation_contracts.requests import MAX_IMAGES
+from generation_contracts.fields import MAX_IMAGES
 
 EDIT = "image_edit"  # prefix of the event types of a stream
 MAX_FIELDS = 64  # fields of a form

@@ -22,7 +22,7 @@ from consumer.gateway.catalogue import MAX_NAME
 from consumer.gateway.contract import contract_request, unsupported
 from consumer.gateway.errors import invalid
 from generation_contracts import Task, TextToImageRequest
-from generation_contracts.requests import (
+from generation_contracts.fields import (
     MAX_ADAPTERS,
     MAX_OUTPUTS,
     MAX_PROMPT,

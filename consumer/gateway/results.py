@@ -12,7 +12,7 @@ from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.gateway.errors import ApiError, of_error
 from generation_client import GenerationClient, GenerationError, ServiceUnavailable
 from generation_client.lookup import ResultEvent
-from generation_contracts import ImageArtifact, Task
+from generation_contracts import StoredArtifact, Task
 
 log = structlog.get_logger()
 
@@ -73,7 +73,7 @@ class Results:
             return None
 
 
-def require_address(output: ImageArtifact) -> str:
+def require_address(output: StoredArtifact) -> str:
     """Return the presigned URL of an image.
 
     Raises:

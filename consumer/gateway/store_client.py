@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from consumer.bus.connection import Bus
 from consumer.settings import Settings
 from generation_client import GenerationClient
-from generation_contracts import ImageArtifact
+from generation_contracts import StoredArtifact
 
 
 class StoreClient(GenerationClient):
@@ -26,7 +26,7 @@ class StoreClient(GenerationClient):
         self._endpoint = settings.s3_endpoint
         self._public = settings.s3_public_endpoint
 
-    def _address(self, artifact: ImageArtifact) -> tuple[str, dict[str, str]]:
+    def _address(self, artifact: StoredArtifact) -> tuple[str, dict[str, str]]:
         if self._public is None or not artifact.url.startswith(f"{self._public}/"):
             return super()._address(artifact)
         url = self._endpoint + artifact.url.removeprefix(self._public)

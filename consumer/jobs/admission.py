@@ -103,7 +103,7 @@ class Job:
     request: Request | None = None
     existing: ResultEvent | None = None
     stored: list[ImageArtifact] = field(default_factory=list)
-    outputs: tuple[ImageArtifact, ...] | tuple[TextOutput, ...] = ()
+    outputs: tuple[ImageArtifact | TextOutput, ...] = ()
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     sequence: int = 0

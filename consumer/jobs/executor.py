@@ -6,7 +6,7 @@ its value or raises. `outcomes.classify_exception` turns an exception into an ou
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -36,17 +36,17 @@ from consumer.jobs.request_ids import RequestIds
 from consumer.jobs.states import FINAL, State
 from consumer.ports.bus import Delivery, Events, Queue, QueuedRequest, StopAck, Workers
 from consumer.ports.media import Credentials, Images
-from consumer.ports.model import ModelDescription, ModelError, Runner, RunnerOutput
+from consumer.ports.model import (
+    GeneratedText,
+    ModelDescription,
+    ModelError,
+    Runner,
+    RunnerOutput,
+)
 from consumer.ports.store import Artifacts
 from consumer.ports.telemetry import JobTrace, NoTracer, Observer, Tracer
 from consumer.telemetry import JobReport
-from generation_contracts import (
-    ImageToTextRequest,
-    Request,
-    TextOutput,
-    TextToImageRequest,
-    request_digest,
-)
+from generation_contracts import TASKS, ImageArtifact, Request, TextOutput, request_digest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -400,7 +400,7 @@ class Executor:
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
             raise outcomes.DeadlineExceeded
         self._runner.check(request)
-        sources = request.images if isinstance(request, ImageToTextRequest) else ()
+        sources = tuple(TASKS[request.task].sources(request))
         inputs = await self._image_stages.fetch_inputs(job, sources)
         job.cancel_token.check()
         job.advance(State.ADMITTED)
@@ -410,12 +410,15 @@ class Executor:
         job.warnings, job.parameters = output.warnings, output.parameters
         if output.refused:
             raise outcomes.OutputRefused
-        if output.text is not None:
-            job.outputs = (TextOutput(**asdict(output.text)),)
-        elif isinstance(request, TextToImageRequest) and output.images:
-            job.outputs = await self._image_stages.encode_and_store(job, request, output)
-        if not job.outputs:
+        if not output.outputs:
             raise ModelError("NoOutput")
+        stored: Iterator[ImageArtifact] = iter(())
+        if output.images:
+            stored = iter(await self._image_stages.encode_and_store(job, request, output))
+        job.outputs = tuple(
+            TextOutput(**asdict(each)) if isinstance(each, GeneratedText) else next(stored)
+            for each in output.outputs
+        )
 
     # -- decision and settlement ------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from consumer.ports.telemetry import Observer
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,
-    ImageArtifact,
+    StoredArtifact,
     SucceededEvent,
     Task,
     Timings,
@@ -244,7 +244,7 @@ class Finalizer:
 
     async def _discard_unpublished(self, job: Job, stored: ResultEvent) -> None:
         outputs = stored.outputs if isinstance(stored, SucceededEvent) else ()
-        published = {output.key for output in outputs if isinstance(output, ImageArtifact)}
+        published = {output.key for output in outputs if isinstance(output, StoredArtifact)}
         for artifact in job.stored:
             if artifact.key not in published:
                 await self._artifacts.discard(artifact)

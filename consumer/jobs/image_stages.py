@@ -25,11 +25,12 @@ from consumer.ports.media import (
     EncodedImage,
     Images,
     InputUnavailable,
+    OutputFormat,
     SigningFailed,
 )
 from consumer.ports.model import GeneratedImage, RunnerOutput
 from consumer.ports.store import Artifacts, StoreUnavailable
-from generation_contracts import ImageArtifact, ModelInfo, TextToImageRequest
+from generation_contracts import ImageArtifact, ModelInfo, Request
 from generation_contracts.artifacts import ImageSource
 
 if TYPE_CHECKING:
@@ -76,8 +77,14 @@ class ImageStages:
         default_factory=lambda: asyncio.Semaphore(os.cpu_count() or 1)
     )
 
-    async def fetch_inputs(self, job: Job, sources: Sequence[ImageSource]) -> "list[Image]":
+    async def fetch_inputs(
+        self, job: Job, sources: Sequence[tuple[str, ImageSource]]
+    ) -> "list[Image]":
         """Fetch the input images of a request and decode them to RGB.
+
+        Args:
+            job: The job of the request.
+            sources: The images, each with its place in the request, such as `images.0`.
 
         Raises:
             InputUnavailable: An image cannot be fetched or read, or there are too many pixels.
@@ -86,8 +93,8 @@ class ImageStages:
         """
         started = time.monotonic()
         inputs: list[Image] = []
-        for index, source in enumerate(sources):
-            inputs.append(await self._fetch_input(job, index, source))
+        for place, source in sources:
+            inputs.append(await self._fetch_input(job, place, source))
             if sum(image.width * image.height for image in inputs) > MAX_INPUT_PIXELS:
                 raise InputUnavailable("images: too many pixels in total")
         if sources:
@@ -95,7 +102,7 @@ class ImageStages:
         return inputs
 
     async def encode_and_store(
-        self, job: Job, request: TextToImageRequest, output: RunnerOutput
+        self, job: Job, request: Request, output: RunnerOutput
     ) -> tuple[ImageArtifact, ...]:
         """Encode, sign and store the images of a run.
 
@@ -111,14 +118,14 @@ class ImageStages:
             for artifact, image in zip(stored, output.images, strict=True)
         )
 
-    async def _fetch_input(self, job: Job, index: int, source: ImageSource) -> "Image":
+    async def _fetch_input(self, job: Job, place: str, source: ImageSource) -> "Image":
         try:
             data = await self._retry_while_store_unavailable(
                 job, partial(self._fetch_bytes, source)
             )
             return await asyncio.to_thread(self.images.decode, data)
         except InputUnavailable as error:
-            raise InputUnavailable(f"images.{index}: {error}") from None
+            raise InputUnavailable(f"{place}: {error}") from None
 
     async def _fetch_bytes(self, source: ImageSource) -> bytes:
         for _ in range(2):  # the first failure may have been the end of an outage
@@ -130,11 +137,10 @@ class ImageStages:
         # The store answers, but does not return this object: another attempt would fail too.
         raise InputUnavailable("the store does not return the object")
 
-    async def _encode(
-        self, job: Job, request: TextToImageRequest, output: RunnerOutput
-    ) -> list[EncodedImage]:
+    async def _encode(self, job: Job, request: Request, output: RunnerOutput) -> list[EncodedImage]:
         job.advance(State.ENCODING)
         started = time.monotonic()
+        file_format: OutputFormat = getattr(request, "output_format", "png")
         provenances = [
             provenance_of(
                 image,
@@ -148,7 +154,7 @@ class ImageStages:
         ]
 
         async def encode(image: GeneratedImage, provenance: Mapping[str, str]) -> EncodedImage:
-            write = partial(self.images.encode, image.image, request.output_format)
+            write = partial(self.images.encode, image.image, file_format)
             async with self._encoders:
                 return await asyncio.to_thread(write, seed=image.seed, provenance=provenance)
 

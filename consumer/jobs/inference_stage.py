@@ -15,13 +15,7 @@ from consumer.jobs.states import State
 from consumer.ports.bus import Events
 from consumer.ports.model import DeviceLost, ModelDescription, Runner, RunnerOutput, RunRequest
 from consumer.ports.telemetry import Observer
-from generation_contracts import (
-    ImageToTextRequest,
-    ProgressEvent,
-    Request,
-    StartedEvent,
-    TextToImageRequest,
-)
+from generation_contracts import TASKS, ProgressEvent, Request, StartedEvent
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,9 +130,9 @@ class InferenceStage:
         log.info("job_started", queued=round(job.queued, 3))
 
     async def _publish_progress(self, job: Job, update: Update) -> None:
-        request = job.request
-        streams = isinstance(request, ImageToTextRequest) and request.stream
-        previews = isinstance(request, TextToImageRequest) and request.preview
+        request = job.seeded_request
+        spec = TASKS[request.task]
+        streams, previews = spec.streams(request), spec.previews(request)
         preview = update.preview if previews else None
         each, left = update.seconds_per_step, update.of - update.step
         progress = ProgressEvent(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from consumer.media.ai_mark import software
 from consumer.ports.model import GeneratedImage
-from generation_contracts import ModelInfo, TextToImageRequest
+from generation_contracts import ModelInfo, Request
 from generation_contracts.events import ParameterValue
 
 
@@ -13,7 +13,7 @@ def provenance_of(
     made: GeneratedImage,
     *,
     request_id: str,
-    request: TextToImageRequest,
+    request: Request,
     model: ModelInfo,
     parameters: Mapping[str, ParameterValue],
     with_prompt: bool,
@@ -43,7 +43,7 @@ def provenance_of(
         "flagged": None if made.flagged is None else json.dumps(made.flagged),
     }
     if with_prompt:
-        values |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        values |= {name: getattr(request, name, None) for name in ("prompt", "negative_prompt")}
     return {name: value for name, value in values.items() if value is not None}
 
 

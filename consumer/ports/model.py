@@ -53,20 +53,34 @@ class GeneratedText:
     seed: int | None = None  # None: no sampling
 
 
+GeneratedOutput = GeneratedImage | GeneratedText
+
+
 @dataclass(frozen=True)
 class RunnerOutput:
-    """Output of one run: images for text-to-image, one text for image-to-text.
+    """Output of one run.
 
     Attributes:
+        outputs: The images or the text; empty if the output was refused.
         refused: Whether the safety checker flagged an image and the policy is to fail; then there
-            are no images.
+            are no outputs.
     """
 
-    images: tuple[GeneratedImage, ...] = ()
-    text: GeneratedText | None = None
+    outputs: tuple[GeneratedOutput, ...] = ()
     refused: bool = False
     warnings: tuple[str, ...] = ()
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)  # defaults included
+
+    @property
+    def images(self) -> tuple[GeneratedImage, ...]:
+        """The images among the outputs."""
+        return tuple(output for output in self.outputs if isinstance(output, GeneratedImage))
+
+    @property
+    def text(self) -> GeneratedText | None:
+        """The first text among the outputs."""
+        texts = (output for output in self.outputs if isinstance(output, GeneratedText))
+        return next(texts, None)
 
 
 class RunProgress(Protocol):

@@ -7,11 +7,11 @@ which takes 9 s and 780 MB for diffusers.
 import os
 from dataclasses import replace
 
-from consumer.runners import demonstration
 from consumer.runners.config import ModelConfig
 from consumer.runners.demonstration.known_words import DemonstrationRunner
 from consumer.runners.runner import ModelRunner
 from consumer.runners.setting_errors import find_setting_errors
+from consumer.runners.task_settings import runner_spec
 from generation_contracts import Task
 
 # The libraries read these when they are imported, so they must be set before. The first overrides
@@ -28,6 +28,6 @@ __all__ = ["ModelConfig", "ModelRunner", "create_runner", "find_setting_errors"]
 def create_runner(task: Task, config: ModelConfig) -> ModelRunner:
     """Create a runner for a task; `load` loads the model."""
     if not config.model_id:  # the demonstration model has defaults that MODEL_DEFAULTS overrides
-        defaults = {**demonstration.DEFAULTS[task], **config.defaults}
+        defaults = {**(runner_spec(task).demonstration or {}), **config.defaults}
         return DemonstrationRunner(task, replace(config, defaults=defaults))
     return ModelRunner(task, config)

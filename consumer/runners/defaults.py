@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from consumer.ports.model import ModelMisconfigured
-from generation_contracts.requests import ImageToTextParameters, TextToImageParameters
+from generation_contracts.base import RequestPart
 
 SETTING = "MODEL_DEFAULTS"
 
@@ -13,7 +13,7 @@ Default = int | float | str
 
 
 def checked_defaults(
-    parameters: type[TextToImageParameters | ImageToTextParameters],
+    parameters: type[RequestPart],
     defaults: Mapping[str, Default],
 ) -> dict[str, Default]:
     """Validate defaults against the contract, and return them by request field.

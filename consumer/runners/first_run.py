@@ -11,14 +11,14 @@ import structlog
 
 from consumer.ports.model import (
     DeviceLost,
-    ModelDescription,
     ModelError,
     ModelUnavailable,
     OutOfMemory,
     RunRequest,
     UnsupportedParameter,
 )
-from generation_contracts import ImageToTextRequest, Request, Task, TextToImageRequest
+from consumer.runners.task_settings import runner_spec
+from generation_contracts import Request, Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
     from consumer.runners.runner import LoadedModel
 
 log = structlog.get_logger()
-
-_STEPS = 2  # the first fills a step cache, the second reads it
-_TOKENS = 2  # the first comes from the prompt, the second from the cache of keys and values
-_SIDE = 224  # pixels of each side of the input image
-_SEED = 0
-PLACEHOLDER = "s3://first-run/image.png"  # never read: a run gets the decoded image
 
 
 def run_once(model: "LoadedModel", task: Task, settings: tuple[str, ...]) -> None:
@@ -81,7 +75,7 @@ def probe_request(request: Request, images: Sequence["Image"]) -> RunRequest:
 
 def _failure(model: "LoadedModel", task: Task, *, save_memory: bool) -> Exception | None:
     try:
-        request, images = _smallest_request(model.description, task)
+        request, images = runner_spec(task).smallest(model.description)
         model.check(request)
         model.run([probe_request(request, images)], save_memory=save_memory)
     except (UnsupportedParameter, OutOfMemory, DeviceLost, ModelError) as error:
@@ -91,21 +85,6 @@ def _failure(model: "LoadedModel", task: Task, *, save_memory: bool) -> Exceptio
 
 def _refusal(names: tuple[str, ...], failure: Exception) -> ModelUnavailable:
     return ModelUnavailable(f"{', '.join(names)}: the first run failed: {failure}")
-
-
-def _smallest_request(description: ModelDescription, task: Task) -> tuple[Request, list["Image"]]:
-    if task is Task.IMAGE_TO_TEXT:
-        from PIL import Image
-
-        image = Image.new("RGB", (_SIDE, _SIDE), "gray")
-        request = ImageToTextRequest(
-            prompt="What is it?", images=(PLACEHOLDER,), max_new_tokens=_TOKENS, seed=_SEED
-        )
-        return request, [image]
-    default = description.defaults.get("num_inference_steps")
-    steps = min(_STEPS, default) if isinstance(default, int) else _STEPS
-    steps = max(steps, description.least_steps or 1)
-    return TextToImageRequest(prompt="a gray square", num_inference_steps=steps, seed=_SEED), []
 
 
 class _NoProgress:

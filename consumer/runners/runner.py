@@ -8,18 +8,14 @@ import structlog
 from consumer.ports.model import ModelDescription, ModelUnavailable, RunnerOutput, RunRequest
 from consumer.runners import libraries
 from consumer.runners.config import ModelConfig
+from consumer.runners.task_settings import runner_spec
 from generation_contracts import Request, Task
 
 log = structlog.get_logger()
 
-_MODULES = {
-    Task.TEXT_TO_IMAGE: "consumer.runners.text_to_image.diffusion",
-    Task.IMAGE_TO_TEXT: "consumer.runners.image_to_text.vision_language",
-}
-
 
 class LoadedModel(Protocol):
-    """A loaded model, as returned by `load(config)` of each module in `_MODULES`."""
+    """A loaded model, as returned by `load(config)` of the module of each task."""
 
     @property
     def description(self) -> ModelDescription:
@@ -59,7 +55,9 @@ class ModelRunner:
         Raises:
             ModelUnavailable: The message is one line without a path.
         """
-        model: LoadedModel = libraries.import_frozen(_MODULES[self._task]).load(self._config)
+        model: LoadedModel = libraries.import_frozen(runner_spec(self._task).module).load(
+            self._config
+        )
         from consumer.runners import first_run, options
 
         if settings := options.options_needing_probe(self._config):

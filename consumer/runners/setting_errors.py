@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from ctypes import CDLL
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,21 +15,10 @@ from pathlib import Path
 from consumer.ports.model import ModelUnavailable
 from consumer.runners.config import ModelConfig
 from consumer.runners.defaults import checked_defaults
+from consumer.runners.task_settings import others_with, runner_spec
 from consumer.runners.text_to_image.adapter_files import find_adapters
-from generation_contracts import Task
-from generation_contracts.requests import ImageToTextParameters, TextToImageParameters
+from generation_contracts import TASKS, Task
 
-# Attention backends by task. Others would be downloaded from the hub and run.
-ATTENTION: dict[Task, tuple[str, ...]] = {
-    Task.TEXT_TO_IMAGE: (
-        *("_flash_3", "_flash_varlen_3", "_native_cudnn", "_native_efficient", "_native_flash"),
-        *("_native_math", "_native_npu", "_native_xla", "_sage_qk_int8_pv_fp16_cuda"),
-        *("_sage_qk_int8_pv_fp16_triton", "_sage_qk_int8_pv_fp8_cuda"),
-        *("_sage_qk_int8_pv_fp8_cuda_sm90", "flash", "flash_varlen", "flex", "native", "sage"),
-        *("sage_varlen", "xformers"),
-    ),
-    Task.IMAGE_TO_TEXT: ("eager", "sdpa", "flex_attention", "flash_attention_2"),
-}
 QUANTIZATION_PACKAGES = {
     "bitsandbytes-4bit": "bitsandbytes",
     "bitsandbytes-8bit": "bitsandbytes",
@@ -38,24 +27,7 @@ QUANTIZATION_PACKAGES = {
     "gguf": "gguf",
 }
 
-# Fields of the configuration that apply to only one task.
-_FOR_IMAGES = (
-    "vae_tiling",
-    "vae_slicing",
-    "channels_last",
-    "step_cache",
-    "adapters",
-    "safety_checker",
-    "safety_labels",
-    "safety_threshold",
-    "safety_policy",
-)
 _FOR_CLASSIFIERS = ("safety_labels", "safety_threshold")
-_FOR_TEXTS = ("max_image_pixels",)
-_PARAMETERS: dict[Task, type[TextToImageParameters | ImageToTextParameters]] = {
-    Task.TEXT_TO_IMAGE: TextToImageParameters,
-    Task.IMAGE_TO_TEXT: ImageToTextParameters,
-}
 _BY_LAYERS = {"sequential", "group"}  # offload modes that move single layers
 _CHECKERS = "package.module:callable, a folder, or an id on the hub"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -69,6 +41,7 @@ def find_setting_errors(task: Task, config: ModelConfig) -> list[str]:
     The lines may contain paths of the settings: they are for the operator.
     """
     return [
+        *_demonstration_errors(task, config),
         *model_id_errors(config),
         *_device_errors(config),
         *combination_errors(task, config),
@@ -78,6 +51,11 @@ def find_setting_errors(task: Task, config: ModelConfig) -> list[str]:
         *_adapter_errors(config),
         *checker_errors(config),
     ]
+
+
+def _demonstration_errors(task: Task, config: ModelConfig) -> Iterator[str]:
+    if not config.model_id and runner_spec(task).demonstration is None:
+        yield f"MODEL_ID: must be set, there is no demonstration model for MODEL_TYPE={task}"
 
 
 def model_id_errors(config: ModelConfig) -> Iterator[str]:
@@ -102,7 +80,7 @@ def combination_errors(task: Task, config: ModelConfig) -> Iterator[str]:
             yield (
                 "MODEL_DEVICE_MAP, MODEL_OFFLOAD: parts on several GPUs stay there; set one of them"
             )
-        if config.quantization != "none" and task is Task.TEXT_TO_IMAGE:
+        if config.quantization != "none" and runner_spec(task).is_pipeline:
             yield (
                 "MODEL_DEVICE_MAP, MODEL_QUANTIZATION: not compatible for a pipeline; "
                 "set one of them"
@@ -138,8 +116,9 @@ def in_use(config: ModelConfig, fields: Iterable[str]) -> tuple[str, ...]:
 
 def attention_errors(task: Task, name: str) -> Iterator[str]:
     """Yield what is wrong with MODEL_ATTENTION."""
-    if name and name not in ATTENTION[task]:
-        yield f"MODEL_ATTENTION: must be one of {', '.join(ATTENTION[task])}"
+    backends = runner_spec(task).attention
+    if name and name not in backends:
+        yield f"MODEL_ATTENTION: must be one of {', '.join(backends)}"
 
 
 def checker_errors(config: ModelConfig) -> Iterator[str]:
@@ -173,16 +152,21 @@ def _classifier_errors(setting: str) -> Iterator[str]:
 
 
 def _task_errors(task: Task, config: ModelConfig) -> Iterator[str]:
-    if task is Task.TEXT_TO_IMAGE:
-        others, foreign = Task.IMAGE_TO_TEXT, in_use(config, _FOR_TEXTS)
-    else:
-        others, foreign = Task.TEXT_TO_IMAGE, in_use(config, _FOR_IMAGES)
+    spec = runner_spec(task)
+    if not spec.is_pipeline:
         if config.offload == "group":
             yield "MODEL_OFFLOAD: group is for pipelines; take model or sequential"
         if config.quantization == "gguf":
-            yield f"MODEL_QUANTIZATION: gguf is only for MODEL_TYPE={others}"
-    if foreign:
-        yield f"{', '.join(foreign)}: only for MODEL_TYPE={others}"
+            pipelines = [each for each in TASKS if runner_spec(each).is_pipeline]
+            yield f"MODEL_QUANTIZATION: gguf is only for MODEL_TYPE={', '.join(pipelines)}"
+    foreign: dict[tuple[Task, ...], list[str]] = {}
+    for setting in (each.name for each in fields(ModelConfig)):
+        others = () if setting in spec.settings else others_with(setting, task)
+        if others:
+            foreign.setdefault(others, []).extend(in_use(config, [setting]))
+    for others, names in foreign.items():
+        if names:
+            yield f"{', '.join(names)}: only for MODEL_TYPE={', '.join(others)}"
 
 
 def _device_errors(config: ModelConfig) -> Iterator[str]:
@@ -228,7 +212,7 @@ def _quantization_errors(config: ModelConfig) -> Iterator[str]:
 
 def _refusals_of_defaults(task: Task, config: ModelConfig) -> Iterator[str]:
     try:
-        checked_defaults(_PARAMETERS[task], config.defaults)
+        checked_defaults(TASKS[task].parameters, config.defaults)
     except ModelUnavailable as error:
         yield str(error)
 

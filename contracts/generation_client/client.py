@@ -41,19 +41,18 @@ from generation_client.lookup import (
 from generation_client.submitting import MAX_REQUEST, submit
 from generation_client.uploading import post_form
 from generation_contracts import (
+    TASKS,
     ArtifactReference,
     CancelledEvent,
     CancelReply,
     FailedEvent,
-    ImageArtifact,
-    ImageToTextRequest,
     InvalidRequest,
     Request,
+    StoredArtifact,
     Subjects,
     SucceededEvent,
     Task,
     TerminalEvent,
-    TextToImageRequest,
     UploadRequest,
     check_routing_slip,
     decode_cancel_reply,
@@ -73,7 +72,7 @@ HEADERS_SIZE = 512  # bytes; more than the headers of a request
 DOWNLOAD_TIMEOUT = 60.0  # seconds for one output
 
 
-R = TypeVar("R", TextToImageRequest, ImageToTextRequest)
+R = TypeVar("R", bound=Request)
 _UPLOADED = "s3://uploads/not-yet"  # in a request: the place of a file that is not uploaded yet
 
 
@@ -84,7 +83,7 @@ def new_request_id() -> str:
 
 def task_of(request: Request) -> Task:
     """Return the task of a request."""
-    return Task.TEXT_TO_IMAGE if isinstance(request, TextToImageRequest) else Task.IMAGE_TO_TEXT
+    return request.task
 
 
 class GenerationClient:
@@ -148,8 +147,8 @@ class GenerationClient:
             RequestInvalid: The request is invalid; it was not sent.
             GenerationError: See `run` for its subclasses.
         """
-        request = _checked(TextToImageRequest, prompt=prompt, **_with_id(parameters))
-        return await self.run(request, on_event=on_event)
+        task = Task.TEXT_TO_IMAGE
+        return await self.generate(task, on_event=on_event, prompt=prompt, **parameters)
 
     async def image_to_text(
         self,
@@ -175,16 +174,46 @@ class GenerationClient:
             UploadFailed, NoWorker: A file was too large for the request and not uploaded.
             GenerationError: See `run` for its subclasses.
         """
-        request = _checked(
-            ImageToTextRequest, prompt=prompt, images=(_UPLOADED,), **_with_id(parameters)
-        )
-        return await self.run(
-            await self.with_images(request, images, upload=upload), on_event=on_event
+        return await self.generate(
+            Task.IMAGE_TO_TEXT,
+            images=images,
+            upload=upload,
+            on_event=on_event,
+            prompt=prompt,
+            **parameters,
         )
 
-    async def with_images(
-        self, request: ImageToTextRequest, images: Images, *, upload: bool = False
-    ) -> ImageToTextRequest:
+    async def generate(
+        self,
+        task: Task,
+        *,
+        images: Images | None = None,
+        upload: bool = False,
+        on_event: Callable[[AnyEvent], None] | None = None,
+        **fields: Any,
+    ) -> SucceededEvent:
+        """Send a request of any task, and wait for the result.
+
+        Args:
+            task: The task.
+            images: The input images, if the task has any; see `image_to_text`.
+            upload: Upload the files with all their pixels; see `with_images`.
+            on_event: Called with each event, including the terminal event.
+            fields: The other fields of the task's request. None means the default of the model.
+
+        Raises:
+            RequestInvalid: The request is invalid, or a file cannot be read; it was not sent.
+            UploadFailed, NoWorker: A file was too large for the request and not uploaded.
+            GenerationError: See `run` for its subclasses.
+        """
+        if images is not None:
+            fields["images"] = (_UPLOADED,)
+        request = _checked(TASKS[task].request, **_with_id(fields))
+        if images is not None:
+            request = await self.with_images(request, images, upload=upload)
+        return await self.run(request, on_event=on_event)
+
+    async def with_images(self, request: R, images: Images, *, upload: bool = False) -> R:
         """Return a copy of a request with other images, which fits the limits of NATS.
 
         Files that fit are sent inside the request, unchanged. If they do not fit, the largest ones
@@ -192,7 +221,7 @@ class GenerationClient:
         that still do not fit are uploaded.
 
         Args:
-            request: Its images are replaced.
+            request: Its `images` are replaced.
             images: See `image_to_text`.
             upload: Upload all files unchanged instead.
 
@@ -203,11 +232,15 @@ class GenerationClient:
         given = await asyncio.to_thread(lambda: list(each_image(images)))
         sources = [_UPLOADED if isinstance(image, bytes) else image for image in given]
         fields = {**dict(request), "images": tuple(sources)}
-        checked = _checked(ImageToTextRequest, **fields)
+        checked = _checked(type(request), **fields)
         files = {number: image for number, image in enumerate(given) if isinstance(image, bytes)}
         limit = min(self._connected.max_payload, MAX_REQUEST) - HEADERS_SIZE
         room = -1 if upload else limit - len(encode(checked))
-        final: list[ImageSource] = list(checked.images)
+        final: list[ImageSource] = [
+            source
+            for place, source in TASKS[request.task].sources(checked)
+            if place.startswith("images.")
+        ]
         for number, file in (await asyncio.to_thread(fitted, files, room)).items():
             if file is not None:
                 final[number] = inline(file)
@@ -389,7 +422,7 @@ class GenerationClient:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
 
-    async def download(self, artifact: ImageArtifact) -> bytes:
+    async def download(self, artifact: StoredArtifact) -> bytes:
         """Fetch the file of an output and verify its digest.
 
         Raises:
@@ -413,7 +446,7 @@ class GenerationClient:
 
     # -- internals --------------------------------------------------------------------------------
 
-    def _address(self, artifact: ImageArtifact) -> tuple[str, dict[str, str]]:
+    def _address(self, artifact: StoredArtifact) -> tuple[str, dict[str, str]]:
         """Return the URL of a file, and the headers of the HTTP request."""
         return artifact.url, {}
 

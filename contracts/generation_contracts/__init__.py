@@ -1,9 +1,16 @@
 """The messages of the generation consumer, for senders and readers. Pydantic only, no I/O."""
 
-from generation_contracts.artifacts import ArtifactReference, ImageArtifact, InlineImage, TextOutput
+from generation_contracts.artifacts import (
+    ArtifactReference,
+    ImageArtifact,
+    InlineImage,
+    StoredArtifact,
+    TextOutput,
+)
 from generation_contracts.base import Task
 from generation_contracts.cancellation import CancelReply, decode_cancel_reply
 from generation_contracts.chains import check_routing_slip, next_requests
+from generation_contracts.envelope import ChainLink, Request, Step
 from generation_contracts.events import (
     CancelledEvent,
     ChainPlace,
@@ -19,18 +26,15 @@ from generation_contracts.events import (
 )
 from generation_contracts.failures import Failure, FailureCode
 from generation_contracts.requests import (
-    ChainLink,
-    ImageToTextRequest,
-    ImageToTextStep,
     InvalidRequest,
-    Request,
-    TextToImageRequest,
-    TextToImageStep,
     decode_request,
     encode,
     request_digest,
 )
 from generation_contracts.subjects import Subjects, UnsafeReplySubject
+from generation_contracts.tasks import TASKS, TaskSpec
+from generation_contracts.tasks.image_to_text import ImageToTextRequest, ImageToTextStep
+from generation_contracts.tasks.text_to_image import TextToImageRequest, TextToImageStep
 from generation_contracts.uploads import (
     UploadReply,
     UploadRequest,
@@ -39,6 +43,7 @@ from generation_contracts.uploads import (
 )
 
 __all__ = [
+    "TASKS",
     "ArtifactReference",
     "CancelReply",
     "CancelledEvent",
@@ -56,9 +61,12 @@ __all__ = [
     "ProgressEvent",
     "Request",
     "StartedEvent",
+    "Step",
+    "StoredArtifact",
     "Subjects",
     "SucceededEvent",
     "Task",
+    "TaskSpec",
     "TerminalEvent",
     "TextOutput",
     "TextToImageRequest",

@@ -111,14 +111,14 @@ ImageSource = Annotated[
 ]
 
 
-class ImageArtifact(EventPart):
-    """One generated image in the store.
+class StoredArtifact(EventPart):
+    """One generated file in the store.
 
     `bucket`, `key`, `etag` and `sha256` identify the file. The presigned `url` expires at
     `url_expires_at`.
     """
 
-    kind: Literal["image"] = "image"
+    kind: str
     bucket: str
     key: str
     url: str = Field(description="presigned: anyone with this URL can fetch the file")
@@ -128,6 +128,17 @@ class ImageArtifact(EventPart):
         description="hexadecimal digest of the file"
     )
     size: Annotated[int, Field(gt=0, description="bytes")]
+    media_type: str
+
+
+class ImageArtifact(StoredArtifact):
+    """One generated image in the store.
+
+    `bucket`, `key`, `etag` and `sha256` identify the file. The presigned `url` expires at
+    `url_expires_at`.
+    """
+
+    kind: Literal["image"] = "image"
     media_type: Literal["image/png", "image/webp", "image/jpeg"]
     width: Annotated[int, Field(gt=0, description="pixels")]
     height: Annotated[int, Field(gt=0, description="pixels")]
@@ -171,5 +182,6 @@ __all__ = [
     "InlineImage",
     "ObjectKey",
     "Output",
+    "StoredArtifact",
     "TextOutput",
 ]

@@ -8,22 +8,13 @@ import hashlib
 
 from generation_contracts.artifacts import ArtifactReference, ImageArtifact, TextOutput
 from generation_contracts.base import Task
+from generation_contracts.envelope import OUTPUTS, ChainLink, Request, Step
 from generation_contracts.events import ChainPlace, SucceededEvent
-from generation_contracts.requests import (
-    MAX_BRANCH,
-    MAX_CHAIN,
-    MAX_PROMPT,
-    ChainLink,
-    ImageToTextRequest,
-    ImageToTextStep,
-    InvalidRequest,
-    NextStep,
-    Request,
-    TextToImageRequest,
-)
+from generation_contracts.fields import MAX_BRANCH, MAX_CHAIN, MAX_PROMPT
+from generation_contracts.requests import InvalidRequest
+from generation_contracts.tasks import TASKS
 
 TEXT = "$text"
-OUTPUTS = "$outputs"
 MAX_BRANCHES = 64  # requests of one step of a chain
 MAX_ID = 64  # characters
 ID_PREFIX = 40  # characters of the chain's id in a step's id that would be longer than MAX_ID
@@ -37,7 +28,7 @@ def check_routing_slip(request: Request) -> None:
     Raises:
         InvalidRequest: A step cannot follow. The text names the step.
     """
-    images = request.num_images if isinstance(request, TextToImageRequest) else 0
+    images = TASKS[request.task].images_of(request)
     branches = 1
     longest = request.chain.branch if request.chain is not None else ""
     if request.chain is not None and request.chain.step + len(request.then) > MAX_CHAIN + 1:
@@ -46,15 +37,12 @@ def check_routing_slip(request: Request) -> None:
     for index, step in enumerate(request.then):
         if TEXT in step.prompt and images:
             raise _wrong(index, "prompt", f"{TEXT} follows a step that generates images")
-        if isinstance(step, ImageToTextStep):
-            if step.images == OUTPUTS and not images:
-                raise _wrong(index, "images", f"{OUTPUTS} follows a step that generates a text")
-            if _splits(step) and images > 1:
-                branches *= images
-                longest = _branch(longest, images - 1)
-            images = 0
-        else:
-            images = step.num_images
+        if step.input_images == OUTPUTS and not images:
+            raise _wrong(index, "images", f"{OUTPUTS} follows a step that generates a text")
+        if step.splits and images > 1:
+            branches *= images
+            longest = _branch(longest, images - 1)
+        images = TASKS[Task(step.task)].images_of(step)
         if branches > MAX_BRANCHES:
             raise _wrong(index, "each", f"the step would have more than {MAX_BRANCHES} requests")
         if len(longest) > MAX_BRANCH:
@@ -101,29 +89,23 @@ def next_requests(
     prompt = step.prompt.replace(TEXT, texts[0] if texts else "")[:MAX_PROMPT]
     if not prompt.strip():
         raise InvalidRequest("prompt: the previous step returned an empty text")
-    common = {
+    spec = TASKS[Task(step.task)]
+    fields = {
         **_parameters(step),
         "prompt": prompt,
         "deadline": request.deadline,
         "metadata": request.metadata,
         "then": tuple(rest),
     }
-    if not isinstance(step, ImageToTextStep):
-        following = _follow(link, link.branch)
-        next_request = TextToImageRequest(**common, chain=following, request_id=id_of(following))
-        return ((Task.TEXT_TO_IMAGE, next_request),)
-    groups = [(image,) for image in images] if _splits(step) else [images]
+    groups = [(image,) for image in images] if step.splits else [images]
     requests = []
     for number, group in enumerate(groups):
         branch = _branch(link.branch, number) if len(groups) > 1 else link.branch
         following = _follow(link, branch)
-        inputs = group if step.images == OUTPUTS else step.images
-        requests.append(
-            ImageToTextRequest(
-                **common, images=inputs, chain=following, request_id=id_of(following)
-            )
-        )
-    return tuple((Task.IMAGE_TO_TEXT, request) for request in requests)
+        if step.input_images == OUTPUTS:
+            fields["images"] = group
+        requests.append(spec.request(**fields, chain=following, request_id=id_of(following)))
+    return tuple((spec.task, each) for each in requests)
 
 
 def next_link(request: Request, request_id: str) -> ChainLink:
@@ -166,13 +148,11 @@ def _branch(before: str, number: int) -> str:
     return f"{before}-{number}".removeprefix("-")
 
 
-def _splits(step: NextStep) -> bool:
-    return isinstance(step, ImageToTextStep) and step.each and step.images == OUTPUTS
-
-
-def _parameters(step: NextStep) -> dict[str, object]:
-    left_out = {"task", "prompt", "images", "each"}
-    return {name: getattr(step, name) for name in step.model_fields_set - left_out}
+def _parameters(step: Step) -> dict[str, object]:
+    """Return the fields of a step that its request has too; an absent list is `$outputs`."""
+    fields = TASKS[Task(step.task)].request.model_fields
+    given = {name: getattr(step, name) for name in step.model_fields_set if name in fields}
+    return {name: value for name, value in given.items() if value != OUTPUTS}
 
 
 def _wrong(index: int, field: str, problem: str) -> InvalidRequest:

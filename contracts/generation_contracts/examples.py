@@ -4,6 +4,7 @@ Each request type has a minimal and a full example. The schemas contain the exam
 files pin them, so the documentation and the wire format stay equal.
 """
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -16,6 +17,7 @@ from generation_contracts.artifacts import (
 )
 from generation_contracts.base import Task
 from generation_contracts.cancellation import CancelReply
+from generation_contracts.envelope import ChainLink, Request
 from generation_contracts.events import (
     CancelledEvent,
     ChainPlace,
@@ -25,17 +27,13 @@ from generation_contracts.events import (
     StartedEvent,
     SucceededEvent,
     Timings,
+    decode_event,
 )
 from generation_contracts.failures import Failure, FailureCode
-from generation_contracts.requests import (
-    ChainLink,
-    ImageToTextRequest,
-    ImageToTextStep,
-    Request,
-    TextToImageRequest,
-    TextToImageStep,
-    request_digest,
-)
+from generation_contracts.requests import request_digest
+from generation_contracts.tasks import TASKS
+from generation_contracts.tasks.image_to_text import ImageToTextRequest, ImageToTextStep
+from generation_contracts.tasks.text_to_image import TextToImageRequest, TextToImageStep
 from generation_contracts.uploads import UploadReply, UploadRequest
 
 Event = StartedEvent | ProgressEvent | SucceededEvent | FailedEvent | CancelledEvent
@@ -157,6 +155,11 @@ REQUESTS: Final[Mapping[str, Request]] = {
             ),
         ),
     ),
+    **{
+        name: spec.request.model_validate_json(json.dumps(example))
+        for spec in TASKS.values()
+        for name, example in spec.examples.items()
+    },
 }
 
 _WORKER = "text_to_image-7f9c"
@@ -452,6 +455,11 @@ _MARKED: Mapping[str, Event] = {
 EVENTS: Final[Mapping[str, Event]] = {
     **_ALONE,
     **_MARKED,
+    **{
+        name: decode_event(json.dumps(example).encode())
+        for spec in TASKS.values()
+        for name, example in spec.event_examples.items()
+    },
     **{
         f"{kind}_in_a_chain": _ALONE[name].model_copy(
             update={"chain": ChainPlace(id=_PICTURE_ID, step=1, of=3)}

@@ -19,8 +19,9 @@ from generation_contracts.cancellation import CancelReply
 from generation_contracts.events import VERSION, EventBase
 from generation_contracts.examples import EVENTS, REPLIES, REQUESTS, TRACE_PARENT, UPLOADS
 from generation_contracts.failures import FailureCode
-from generation_contracts.requests import REQUEST_TYPES, encode
+from generation_contracts.requests import encode
 from generation_contracts.subjects import MAX_SUBJECT, SUBJECT_PATTERN, Subjects
+from generation_contracts.tasks import TASKS
 from generation_contracts.uploads import UploadReply, UploadRequest
 
 Document = dict[str, Any]
@@ -38,7 +39,7 @@ _TERMINAL: Final[Mapping[str, type[EventBase]]] = {
     "cancelled": events.CancelledEvent,
 }
 _MODELS: Final[tuple[tuple[type[BaseModel], JsonSchemaMode], ...]] = (
-    *((model, "validation") for model in REQUEST_TYPES.values()),
+    *((spec.request, "validation") for spec in TASKS.values()),
     *((model, "serialization") for model in (*_TRANSIENT.values(), *_TERMINAL.values())),
     (CancelReply, "serialization"),
     (UploadRequest, "validation"),
@@ -158,7 +159,7 @@ def _server() -> Document:
 
 
 def _channels(subjects: Subjects) -> Document:
-    first = Task.TEXT_TO_IMAGE  # becomes `{task}` in the addresses
+    first = next(iter(Task))  # becomes `{task}` in the addresses
     channels = {
         "result": _channel(
             _address(subjects, subjects.result(first, _ANY_ID), any_task=True),
@@ -353,9 +354,9 @@ def _messages() -> Document:
             "headers": _ref("components/schemas", "DeadLetterHeaders"),
         },
     }
-    for task, model in REQUEST_TYPES.items():
+    for task, spec in TASKS.items():
         messages[f"{task}_request"] = _message(
-            f"{task}_request", model, "RequestHeaders", "$message.payload#/request_id"
+            f"{task}_request", spec.request, "RequestHeaders", "$message.payload#/request_id"
         )
     for name, event in {**_TRANSIENT, **_TERMINAL}.items():
         kind = "ResultHeaders" if name in _TERMINAL else "EventHeaders"

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from consumer.devstack import Daemon, DevStack
-from generation_contracts.requests import MAX_METADATA, MAX_PROMPT
+from generation_contracts.fields import MAX_METADATA, MAX_PROMPT
 from tests.bench.mishaps import OUT_OF_MEMORY, OUT_OF_MEMORY_ONCE, RAISES
 from tests.support.scene import Scene
 

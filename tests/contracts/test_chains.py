@@ -22,7 +22,7 @@ from generation_contracts import (
 )
 from generation_contracts.chains import MAX_BRANCHES, place_of
 from generation_contracts.examples import EVENTS
-from generation_contracts.requests import MAX_PROMPT
+from generation_contracts.fields import MAX_PROMPT
 from generation_contracts.subjects import is_request_id
 
 LONG = "0-" * 11 + "10"

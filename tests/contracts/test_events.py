@@ -16,7 +16,7 @@ from generation_contracts import (
 )
 from generation_contracts.examples import EVENTS
 from generation_contracts.failures import MAX_MESSAGE, RETRYABLE
-from generation_contracts.requests import MAX_METADATA, Metadata
+from generation_contracts.fields import MAX_METADATA, Metadata
 
 by_name = pytest.mark.parametrize("name", EVENTS)
 

@@ -7,10 +7,10 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from generation_contracts import (
+    TASKS,
     CancelReply,
     FailedEvent,
     FailureCode,
-    Request,
     UploadReply,
     UploadRequest,
     decode_cancel_reply,
@@ -89,7 +89,8 @@ def test_every_golden_file_has_a_message() -> None:
 
 
 def test_every_kind_of_message_has_a_golden_file() -> None:
-    kinds = {*get_args(Request), *get_args(Event), CancelReply, UploadReply, UploadRequest}
+    kinds = {*(spec.request for spec in TASKS.values()), *get_args(Event)}
+    kinds |= {CancelReply, UploadReply, UploadRequest}
     assert {type(message) for message in MESSAGES.values()} == kinds
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 from jsonschema import Draft202012Validator
 
-from generation_contracts import CancelReply, Request, UploadReply, UploadRequest, encode
+from generation_contracts import TASKS, CancelReply, UploadReply, UploadRequest, encode
 from generation_contracts.examples import EVENTS, REQUESTS, Event
 from generation_contracts.schema import json_schemas
 from tests.contracts.rewrite_golden import task_of
@@ -44,7 +44,8 @@ def test_every_request_and_event_has_a_schema() -> None:
     assert set(SCHEMAS) == {
         model.__name__
         for model in (
-            *(*get_args(Request), *get_args(Event)),
+            *(spec.request for spec in TASKS.values()),
+            *get_args(Event),
             *(CancelReply, UploadReply, UploadRequest),
         )
     }

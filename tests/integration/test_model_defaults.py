@@ -13,7 +13,8 @@ from consumer.runners import ModelRunner
 from consumer.runners.defaults import Default, checked_defaults
 from consumer.runners.text_to_image.parameters import Parameters
 from generation_contracts import TextToImageRequest
-from generation_contracts.requests import ImageToTextParameters, TextToImageParameters
+from generation_contracts.tasks.image_to_text import ImageToTextParameters
+from generation_contracts.tasks.text_to_image import TextToImageParameters
 from tests.support.image_runs import model, pipeline, pixels, run_checked, small_request
 from tests.support.tiny_models import Folder, Load
 

@@ -18,7 +18,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from consumer.runners import ModelConfig, options
 from consumer.runners.device import Placement
 from consumer.runners.image_to_text import vision_loading
-from consumer.runners.setting_errors import ATTENTION
+from consumer.runners.task_settings import runner_spec
 from generation_contracts import Task
 from tests.integration.small_runs import load_error
 from tests.support.tiny_models import Folder
@@ -256,8 +256,8 @@ def test_an_option_that_the_pipeline_does_not_support_is_refused(
 
 def test_the_known_attention_backends_are_those_of_the_libraries() -> None:
     backends = {b.value for b in AttentionBackendName if not b.value.endswith("_hub")}
-    assert set(ATTENTION[IMAGES]) == backends
-    assert set(ATTENTION[TEXTS]) == set(vision_loading.ATTENTION)
+    assert set(runner_spec(IMAGES).attention) == backends
+    assert set(runner_spec(TEXTS).attention) == set(vision_loading.ATTENTION)
 
 
 @pytest.mark.parametrize("name", ["flash_hub", "sage_hub", "no such", "FLEX"])

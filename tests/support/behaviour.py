@@ -174,7 +174,7 @@ def ending(last: str) -> Script:
     def end(run: Run) -> RunnerOutput:
         writing(last)(run)
         text = GeneratedText("".join(run.written), "stop", prompt_tokens=3, completion_tokens=2)
-        return RunnerOutput(text=text)
+        return RunnerOutput(outputs=(text,))
 
     return end
 
@@ -276,7 +276,7 @@ class Behaviour:
         def flag(run: Run) -> RunnerOutput:
             flags = zip(make(run).images, (True, False, None), strict=True)
             images = tuple(replace(image, flagged=flagged) for image, flagged in flags)
-            return RunnerOutput(images=images, parameters=parameters)
+            return RunnerOutput(outputs=images, parameters=parameters)
 
         world.runner.script_runs(flag)
         await world.send(request_body(num_images=3))
@@ -292,7 +292,7 @@ class Behaviour:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.image_file)
         text = GeneratedText("a circle", "stop", prompt_tokens=3, completion_tokens=2, seed=9)
-        world.runner.script_runs(lambda _: RunnerOutput(text=text))
+        world.runner.script_runs(lambda _: RunnerOutput(outputs=(text,)))
         await world.send(request_body(images=[world.source("one")]))
         await soon(world.work())
         done = await world.result("a")
@@ -758,7 +758,7 @@ class Behaviour:
     ) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         text = GeneratedText("x" * 2**21, "length", prompt_tokens=1, completion_tokens=1)
-        world.runner.script_runs(lambda _: RunnerOutput(text=text))
+        world.runner.script_runs(lambda _: RunnerOutput(outputs=(text,)))
         await world.put_object("one", world.image_file)
         await world.send(request_body(images=[world.source("one")], reply_to=INBOX))
         await soon(world.work())

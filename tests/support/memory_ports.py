@@ -671,14 +671,15 @@ def make(run: Run) -> RunnerOutput:
     request = run.request
     if not isinstance(request, TextToImageRequest):
         text = f"{len(run.images)} images"
-        return RunnerOutput(text=GeneratedText(text, "stop", prompt_tokens=3, completion_tokens=2))
+        text = GeneratedText(text, "stop", prompt_tokens=3, completion_tokens=2)
+        return RunnerOutput(outputs=(text,))
     seed = request.seed or 0
     size = request.width or 4, request.height or 4
     images = (
         GeneratedImage(Image.new("RGB", size, (n, seed & 255, seed >> 8 & 255)), seed + n)
         for n in range(request.num_images)
     )
-    return RunnerOutput(images=tuple(images))
+    return RunnerOutput(outputs=tuple(images))
 
 
 def raising(error: Callable[[], Exception]) -> Script:

@@ -94,14 +94,13 @@ class QuickRunner:
 
     def output(self, request: Request, images: Sequence[Image.Image]) -> RunnerOutput:
         if not isinstance(request, TextToImageRequest):
-            text = f"{len(images)} images"
-            return RunnerOutput(
-                text=GeneratedText(text, "stop", prompt_tokens=3, completion_tokens=2)
-            )
+            written = f"{len(images)} images"
+            text = GeneratedText(written, "stop", prompt_tokens=3, completion_tokens=2)
+            return RunnerOutput(outputs=(text,))
         seed = request.seed or 0
         size = request.width or 16, request.height or 16
         return RunnerOutput(
-            images=tuple(
+            outputs=tuple(
                 GeneratedImage(Image.new("RGB", size, (seed % 256, number, 0)), seed + number)
                 for number in range(request.num_images)
             )

@@ -41,7 +41,7 @@ Ending = Literal[
 SCRIPTS: dict[Ending, Script] = {
     "success": make,
     "no output": lambda _: RunnerOutput(),
-    "invalid output": lambda _: RunnerOutput(images=(GeneratedImage(None, seed=0),)),  # type: ignore[arg-type]
+    "invalid output": lambda _: RunnerOutput(outputs=(GeneratedImage(None, seed=0),)),  # type: ignore[arg-type]
     "raised": raising(lambda: ModelError("ValueError")),
     "internal error": raising(lambda: KeyError("secret")),
     "out of memory": raising(out_of_memory),
@@ -67,7 +67,7 @@ def script(ending: Ending, number: int) -> Script:
     if ending != "varied":
         return SCRIPTS[ending]
     image = Image.new("RGB", (4, 4), (number & 255, number >> 8 & 255, 255))
-    return lambda _: RunnerOutput(images=(GeneratedImage(image, seed=0),))
+    return lambda _: RunnerOutput(outputs=(GeneratedImage(image, seed=0),))
 
 
 @dataclass(frozen=True)

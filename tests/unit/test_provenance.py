@@ -77,7 +77,7 @@ def test_model_without_a_value_has_none(name: str) -> None:
 
 def two_pictures(_: Run) -> RunnerOutput:
     images = [GeneratedImage(Image.new("RGB", (4, 4)), seed, flagged=False) for seed in (3, 4)]
-    return RunnerOutput(images=tuple(images), parameters=PARAMETERS)
+    return RunnerOutput(outputs=tuple(images), parameters=PARAMETERS)
 
 
 async def test_each_image_has_its_seed_and_the_used_parameters(

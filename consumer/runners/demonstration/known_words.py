@@ -14,7 +14,7 @@ from pathlib import Path
 from consumer.ports.model import RunnerOutput, RunRequest
 from consumer.runners.demonstration import folder_of
 from consumer.runners.runner import ModelRunner
-from generation_contracts import Request, Task, TextToImageRequest
+from generation_contracts import Request, Task
 
 # Words, numbers and single symbols; an emoji is a symbol.
 _WORDS = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")
@@ -42,8 +42,8 @@ class DemonstrationRunner(ModelRunner):
 
 def warnings(request: Request) -> tuple[str, ...]:
     """Return the warning about the unknown words of a request; it quotes nothing of the prompt."""
-    task = Task.TEXT_TO_IMAGE if isinstance(request, TextToImageRequest) else Task.IMAGE_TO_TEXT
-    unknown, words = count_unknown_words(task, request.prompt)
+    task = request.task
+    unknown, words = count_unknown_words(task, str(getattr(request, "prompt", "")))
     if not unknown:
         return ()
     counts = f"{unknown} of the {words} words of the prompt"

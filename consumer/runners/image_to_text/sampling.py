@@ -8,7 +8,7 @@ from typing import Any
 from consumer.ports.model import ModelMisconfigured, ModelUnavailable
 from consumer.runners.defaults import SETTING, checked_defaults
 from generation_contracts import ImageToTextRequest
-from generation_contracts.requests import ImageToTextParameters
+from generation_contracts.tasks.image_to_text import ImageToTextParameters
 
 NEW_TOKENS = 512  # the limit of a text where neither the request nor the model has one
 SEEDS = 2**32  # the number of seeds

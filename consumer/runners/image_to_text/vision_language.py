@@ -30,6 +30,7 @@ from consumer.runners.image_to_text.deltas import Deltas, decode_text
 from consumer.runners.image_to_text.image_budget import ImageBudget
 from consumer.runners.image_to_text.rows import Row, RowStopping, ValidScores
 from consumer.runners.image_to_text.sampling import Sampling, defaults_of
+from consumer.runners.image_to_text.spec import PLACEHOLDER
 from consumer.runners.image_to_text.vision_loading import download, load_vision_language
 from consumer.runners.libraries import versions_of
 from consumer.runners.options import options_needing_probe, validate_options
@@ -152,7 +153,7 @@ class VisionLanguageModel:
         for temperature in (None, 1.0 if is_greedy else 0.0):
             request = ImageToTextRequest(
                 prompt="x",
-                images=(first_run.PLACEHOLDER,),
+                images=(PLACEHOLDER,),
                 max_new_tokens=2,
                 temperature=temperature,
                 seed=0,
@@ -263,7 +264,7 @@ class VisionLanguageModel:
             seed=prepared.sampling.seed,
         )
         return RunnerOutput(
-            text=text,
+            outputs=(text,),
             warnings=tuple(prepared.warnings),
             parameters={"max_new_tokens": row.most, **prepared.sampling.parameters},
         )

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from consumer.ports.model import ModelMisconfigured, ModelUnavailable
 from consumer.runners.config import ModelConfig
-from generation_contracts.requests import AdapterName
+from generation_contracts.fields import AdapterName
 
 SETTING = "MODEL_ADAPTERS"
 

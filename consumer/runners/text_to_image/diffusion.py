@@ -215,7 +215,7 @@ class DiffusionModel:
             checked = [_blanked(image) for image in checked]
         refused = self._policy == "fail" and any(image.flagged for image in checked)
         return RunnerOutput(
-            images=() if refused else tuple(checked),
+            outputs=() if refused else tuple(checked),
             refused=refused,
             warnings=warnings,
             parameters=self._parameters.resolved(run.requests[position], run.seeds(position)),

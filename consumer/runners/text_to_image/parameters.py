@@ -25,7 +25,7 @@ from consumer.runners.text_to_image.preview import allows_previews
 from consumer.runners.text_to_image.schedulers import least_steps
 from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue
-from generation_contracts.requests import TextToImageParameters
+from generation_contracts.tasks.text_to_image import TextToImageParameters
 
 # The largest default of all families, 2048x2048 of HunyuanImage. A request is for at most eight
 # images of this size, which bounds the memory of a run.

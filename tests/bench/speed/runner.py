@@ -55,7 +55,7 @@ class StandInRunner:
                 raise Interrupted
 
         image = self._device.run(on_step, request.num_inference_steps or 1)
-        return [RunnerOutput(images=(GeneratedImage(image, request.seed or 0),))]
+        return [RunnerOutput(outputs=(GeneratedImage(image, request.seed or 0),))]
 
     def batch_key(self, request: Request) -> Hashable | None:
         """Return None: a speed-up by batches would be an invention of the stand-in."""

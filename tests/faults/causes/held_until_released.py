@@ -22,7 +22,7 @@ class HeldUntilReleased(QuickRunner):
     def output(self, request: Request, images: Sequence[Image.Image]) -> RunnerOutput:
         drawn = os.getpid()
         colour = tuple(drawn.to_bytes(3, "big"))
-        return RunnerOutput(images=(GeneratedImage(Image.new("RGB", (16, 16), colour), drawn),))
+        return RunnerOutput(outputs=(GeneratedImage(Image.new("RGB", (16, 16), colour), drawn),))
 
 
 def make_runner(_: Settings) -> HeldUntilReleased:

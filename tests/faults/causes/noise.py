@@ -21,7 +21,7 @@ class Noise(QuickRunner):
         size = request.width or SMALL, request.height or SMALL
         noise = random.Random(SEED).randbytes(3 * size[0] * size[1])
         image = Image.frombytes("RGB", size, noise)
-        return RunnerOutput(images=(GeneratedImage(image, SEED),))
+        return RunnerOutput(outputs=(GeneratedImage(image, SEED),))
 
 
 shorten()
