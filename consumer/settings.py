@@ -29,8 +29,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from consumer.setting_names import is_service_address, suggestion, unknown_variables
 from generation_contracts import ArtifactReference, Subjects, Task
 from generation_contracts.base import pattern_message
-from generation_contracts.servers import Servers, parse_servers
 from generation_contracts.queues import QueueInfo
+from generation_contracts.servers import Servers, parse_servers
 from generation_contracts.subjects import SUBJECT_PATTERN, QueueName, require_queue_name
 
 _SPELLINGS = {str(task).replace("_to_", "2"): task for task in Task}
@@ -422,15 +422,19 @@ class Settings(BaseSettings):
                 wrong.append(
                     "CONSUMER_C2PA needs one of CONSUMER_C2PA_KEY and CONSUMER_C2PA_SIGNER"
                 )
-        if self.consumer_queue is not None and self.model_type is not None:
-            try:
-                require_queue_name(self.consumer_queue, self.model_type)
-            except ValueError as error:
-                wrong.append(f"CONSUMER_QUEUE: {error}")
         if self.gateway_bodies_bytes < self.gateway_max_body:
             wrong.append("GATEWAY_BODIES_BYTES must be at least GATEWAY_MAX_BODY")
         if wrong:
             raise ValueError("\n".join(wrong))
+        return self
+
+    @model_validator(mode="after")
+    def _usable_queue(self) -> Self:
+        if self.consumer_queue is not None and self.model_type is not None:
+            try:
+                require_queue_name(self.consumer_queue, self.model_type)
+            except ValueError as error:
+                raise ValueError(f"CONSUMER_QUEUE: {error}") from None
         return self
 
     @classmethod
@@ -487,7 +491,8 @@ class Settings(BaseSettings):
         folder = Path(self.model_id).expanduser()
         is_folder = bool(self.model_id) and folder.is_dir()
         model = folder.resolve().name if is_folder else self.model_id
-        return QueueInfo(self.consumer_queue or str(self.task), self.task, model or None)
+        name = self.consumer_queue or str(self.task)
+        return QueueInfo(name, self.task, model or None, created_by=self.consumer_worker)
 
     @property
     def _nats_key_file(self) -> bool:

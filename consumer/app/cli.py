@@ -421,6 +421,61 @@ def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
     sys.exit(_with_client(settings, cancel_and_wait))
 
 
+@cli.group()
+def queues() -> None:
+    """List, create and remove queues: one for each model that serves the same task."""
+
+
+@queues.command("list")
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def queues_list(config: Path | None, *, as_json: bool) -> None:
+    """List all queues with their tasks and models. No worker is needed."""
+    settings = _settings(config)
+    from consumer.app.queue_commands import print_queues
+
+    _guarded(lambda: asyncio.run(print_queues(settings, as_json=as_json)))
+
+
+@queues.command("create")
+@click.argument("name")
+@click.option("--task", required=True, help="Task of the requests, for example text_to_image.")
+@click.option("--model", help="Name of the model, for requests that name it: a hub id or any text.")
+@config_option
+def queues_create(config: Path | None, name: str, task: str, model: str | None) -> None:
+    """Create the queue NAME, or update it to the settings.
+
+    Its workers run with CONSUMER_QUEUE=NAME. NAME has at most 32 characters of a-z, 0-9 and -.
+    """
+    settings = _settings(config)
+    from consumer.app.queue_commands import create_queue
+    from generation_contracts import Task
+    from generation_contracts.queues import QueueInfo
+
+    task = task.lower().replace("-", "_")
+    if task not in set(Task):
+        _fail(f"--task: must be one of {', '.join(Task)}", EXIT_USAGE)
+    queue = QueueInfo(name, Task(task), model)
+    for resource, change in _guarded(lambda: asyncio.run(create_queue(settings, queue))).items():
+        click.echo(f"{resource}: {change}")
+
+
+@queues.command("remove")
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Delete its requests too; do not look for workers.")
+@config_option
+def queues_remove(config: Path | None, name: str, *, force: bool) -> None:
+    """Remove the queue NAME. Stop its senders and its workers first.
+
+    Results and dead letters of the queue remain stored. Exit codes: 0 removed, 1 the queue has
+    requests or workers, or does not exist.
+    """
+    settings = _settings(config)
+    from consumer.app.queue_commands import remove
+
+    sys.exit(_guarded(lambda: asyncio.run(remove(settings, name, force=force))))
+
+
 @cli.group("dead-letters")
 def dead_letters() -> None:
     """List, show and replay requests that no worker could handle."""

@@ -16,6 +16,7 @@ from consumer.inference.run_queue import RunQueue
 from consumer.jobs.admission import Admission
 from consumer.jobs.finalizer import Finalizer
 from consumer.jobs.in_flight import STAGES
+from consumer.jobs.served_model import ServedModel
 from consumer.ports.bus import StopAck
 from consumer.ports.model import ModelDescription, Runner
 from consumer.ports.telemetry import Observer
@@ -27,8 +28,16 @@ from generation_contracts.queues import QueueInfo
 log = structlog.get_logger()
 
 
-def make_topology(settings: Settings, bus: Bus) -> Topology:
-    """Return the streams and durables under the configured subject root."""
+def make_topology(settings: Settings, bus: Bus, *, queue: QueueInfo | None = None) -> Topology:
+    """Return the streams and durables under the configured subject root.
+
+    Args:
+        settings: All settings.
+        bus: A connection.
+        queue: A queue in addition to the default queues; by default the queue of the settings.
+    """
+    if queue is None and settings.model_type is not None:
+        queue = settings.queue
     return Topology(
         bus,
         settings.subjects,
@@ -36,7 +45,7 @@ def make_topology(settings: Settings, bus: Bus) -> Topology:
         max_ack_pending=settings.consumer_max_ack_pending,
         max_deliver=DELIVERIES_PER_ATTEMPT * settings.consumer_max_attempts,
         durable_name=settings.consumer_name,
-        queue=None if settings.model_type is None else settings.queue,
+        queue=queue,
         replicas=settings.nats_replicas,
         sizes=settings.nats_stream_sizes,
     )
@@ -95,6 +104,7 @@ def make_worker_service(
     events: JetStreamEvents,
     artifacts: ObjectStoreArtifacts,
     model: ModelDescription,
+    served: ServedModel,
     check: Callable[[Request], None],
     request_stop: Callable[[str], Awaitable[StopAck | None]],
     is_running: Callable[[str], bool],
@@ -113,6 +123,7 @@ def make_worker_service(
         events: Publishes events and requests.
         artifacts: The object store.
         model: The loaded model.
+        served: The names of the loaded model.
         check: Raises if the model cannot serve a request.
         request_stop: Stops a request that is in flight in this worker.
         is_running: Returns whether a request is in flight in this worker.
@@ -128,6 +139,7 @@ def make_worker_service(
             worker=settings.consumer_worker,
             model=model,
             events=events,
+            queues=queue,
             artifacts=artifacts,
             retry_delay=settings.consumer_retry_delay,
             observer=observer,
@@ -139,6 +151,8 @@ def make_worker_service(
     )
     backend = WorkerBackend(
         task=settings.task,
+        served=served,
+        queue_for=directory.queue_for,
         worker=settings.consumer_worker,
         model=model.info,
         reply_prefixes=settings.reply_prefixes,

@@ -61,6 +61,7 @@ from consumer.inference.cancel_token import StopReason
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.inference.worker import InferenceWorker
 from consumer.jobs.executor import Executor, Limits
+from consumer.jobs.served_model import ServedModel
 from consumer.media.codec import ImageCodec
 from consumer.ports.model import ModelDescription, ModelMisconfigured, ModelUnavailable, Runner
 from consumer.ports.store import StoreUnavailable
@@ -194,7 +195,8 @@ class Daemon:
             model = await loading
             self._health.model_loaded = True
             self._telemetry.metrics.model_loaded(model.info)
-            executor = self._make_executor(services, model=model, runner=runner)
+            served = await self._served_model(services, model)
+            executor = self._make_executor(services, model=model, runner=runner, served=served)
             context = self._make_context(services.bus, services.durable, lease_guard)
             pull = PullLoop(services.bus, services.durable, ensure=services.ensure, context=context)
             service = make_worker_service(
@@ -206,6 +208,7 @@ class Daemon:
                 events=services.events,
                 artifacts=services.artifacts,
                 model=model,
+                served=served,
                 check=runner.check,
                 request_stop=executor.request_stop,
                 is_running=executor.has_started,
@@ -303,8 +306,19 @@ class Daemon:
         await bus.closed.wait()
         raise ConnectionClosed
 
+    async def _served_model(self, services: "_Services", model: ModelDescription) -> ServedModel:
+        # The queue may declare a name of its own, for example of a model that is in a folder.
+        own = self._settings.queue
+        declared = (await services.directory.known()).get(own.name, own)
+        return ServedModel(declared, model.info.id)
+
     def _make_executor(
-        self, services: "_Services", *, model: ModelDescription, runner: Runner
+        self,
+        services: "_Services",
+        *,
+        model: ModelDescription,
+        runner: Runner,
+        served: ServedModel,
     ) -> Executor:
         settings = self._settings
         return Executor(
@@ -320,6 +334,7 @@ class Daemon:
             ),
             model=model,
             runner=runner,
+            served=served,
             run_queue=self._run_queue,
             events=services.events,
             queue=services.queue,

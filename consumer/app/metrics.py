@@ -40,7 +40,12 @@ _REFUSED = (
 )
 
 # The failure codes of a next step that cannot be queued; see `consumer.jobs.chain_continuation`.
-_BREAKS = (FailureCode.INVALID_REQUEST, FailureCode.QUEUE_FULL, FailureCode.INTERNAL)
+_BREAKS = (
+    FailureCode.INVALID_REQUEST,
+    FailureCode.UNSUPPORTED_PARAMETER,
+    FailureCode.QUEUE_FULL,
+    FailureCode.INTERNAL,
+)
 
 # The failure codes with a dead letter; see the table in `consumer.jobs.outcomes`.
 _DEAD_LETTERED = (

@@ -50,7 +50,6 @@ from generation_contracts import (
     ArtifactReference,
     ImageArtifact,
     InlineImage,
-    Task,
     UploadReply,
     UploadRequest,
 )

@@ -21,7 +21,7 @@ from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.nats_internals import RobustClient
 from consumer.ports.telemetry import Observer
 from consumer.settings import Settings
-from generation_contracts import FailureCode, Subjects, Task, UnsafeReplySubject
+from generation_contracts import FailureCode, Subjects, UnsafeReplySubject
 from generation_contracts.headers import wire_size
 from generation_contracts.subjects import MAX_SUBJECT
 

@@ -18,7 +18,7 @@ from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.queue_directory import QueueDirectory
 from consumer.bus.stored_request import RequestInStream
 from consumer.ports.bus import IdLookup, Message, StopAck, StoredRequest
-from generation_contracts import Subjects
+from generation_contracts import Subjects, Task
 
 log = structlog.get_logger()
 
@@ -70,6 +70,20 @@ class JetStreamQueue:
     async def names(self) -> Collection[str]:
         """Return the names of all queues; the last known ones if the server does not answer."""
         return (await self._directory.known()).keys()
+
+    async def queue_for(self, task: Task, model: str | None) -> str | None:
+        """Return the name of the queue for a model; None if no queue serves it. Waits for the bus.
+
+        Raises:
+            BusUnavailable: The client has closed the connection; the process must end.
+        """
+        while True:
+            await self._bus.wait_connected()
+            try:
+                return await self._directory.queue_for(task, model)
+            except BusUnavailable as error:
+                log.warning("queues_not_listed", reason=str(error))
+                await asyncio.sleep(PAUSE)
 
     async def find(self, request_id: str) -> IdLookup:
         """Return which queues have a request or a result under an id, without loading messages.

@@ -233,7 +233,9 @@ class Topology:
         for expected in self._streams():
             found = await self._call(f"STREAM.INFO.{expected['name']}")
             if found is None:
-                raise TopologyError(f"stream {expected['name']}: missing; {self._how_to_create(expected)}")
+                raise TopologyError(
+                    f"stream {expected['name']}: missing; {self._how_to_create(expected)}"
+                )
             self._compare_stream(expected, found["config"])
         advisories = self._subjects.advisories_stream_of(queue)
         await self._verify_consumer(advisories, self._watcher(queue))
@@ -268,10 +270,11 @@ class Topology:
 
     def _declared(self, configs: list[Config]) -> list[Config]:
         """Add the metadata of a default queue that declares its model."""
-        for config in configs:
-            if self._queue is not None and self._queue.model is not None:
-                if config["name"] == self._subjects.requests_stream(self._queue.name):
-                    config["metadata"] = self._queue.metadata
+        queue = self._queue
+        if queue is not None and queue.model is not None:
+            for config in configs:
+                if config["name"] == self._subjects.requests_stream(queue.name):
+                    config["metadata"] = queue.metadata
         return configs
 
     def _own_advisories(self, queue: QueueInfo) -> Config:

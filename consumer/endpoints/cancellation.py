@@ -174,9 +174,7 @@ class Cancellation:
         if result is not None:
             stored.ended[queue] = result
 
-    async def _cancel_untouched(
-        self, queue: str, request_id: str, delivery: QueuedRequest
-    ) -> None:
+    async def _cancel_untouched(self, queue: str, request_id: str, delivery: QueuedRequest) -> None:
         of_queue = self._finalizer_of(queue)
         admission = of_queue.admission
         job = admission.open(delivery)

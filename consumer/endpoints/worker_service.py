@@ -36,6 +36,7 @@ from consumer.bus.queue import PROCESS
 from consumer.bus.semantic_version import semantic_version
 from consumer.endpoints.uploads import SignUpload, handle_upload, refuse
 from consumer.jobs import outcomes
+from consumer.jobs.served_model import ServedModel
 from consumer.ports.bus import StopAck
 from consumer.ports.model import UnsupportedParameter
 from consumer.ports.telemetry import Observer
@@ -80,6 +81,9 @@ class WorkerBackend:
 
     Attributes:
         task: Task of the calls.
+        served: The queue and the model of the worker.
+        queue_for: Returns the queue for a model of a task; None if there is none; raises
+            BusUnavailable.
         worker: Name of this process in the events that it publishes.
         model: Shown by `nats micro info`.
         reply_prefixes: Allowed prefixes for the inbox of a call, a cancellation or an upload.
@@ -93,6 +97,8 @@ class WorkerBackend:
     """
 
     task: Task
+    served: ServedModel
+    queue_for: Callable[[Task, str | None], Awaitable[str | None]]
     worker: str
     model: ModelInfo
     reply_prefixes: tuple[str, ...]
@@ -108,8 +114,9 @@ class WorkerBackend:
 class WorkerService:
     """The service of one worker.
 
-    The workers of a task share the calls of the task; all workers share the cancellations and the
-    upload requests.
+    The workers of a task share the calls of the task, also those of several queues: a call goes to
+    the queue of its model. The workers of a queue share the calls of the queue. All workers share
+    the cancellations and the upload requests.
 
     Args:
         bus: A connection that only the endpoints use; see `connect_endpoints`.
@@ -124,6 +131,7 @@ class WorkerService:
         self._service: Service | None = None
         self._interrupts: Subscription | None = None
         self._cancelling: set[asyncio.Task[None]] = set()
+        self._queue = backend.served.queue.name
         self._refused = RefusedReplies(backend.observer)
 
     async def start(self) -> None:
@@ -145,15 +153,22 @@ class WorkerService:
                     name=SERVICE,
                     version=semantic_version(version("generation-consumer")),
                     description="Images from texts, texts about images",
-                    metadata={"worker": self._backend.worker, "task": str(task), **model.labels()},
+                    metadata={
+                        "worker": self._backend.worker,
+                        "task": str(task),
+                        "queue": self._queue,
+                        **model.labels(),
+                    },
                 ),
             )
-            await self._service.add_endpoint(
-                name=str(task),
-                subject=self._subjects.call(task),
-                handler=self._call,
-                metadata={"request": json.dumps(json_schemas()[TASKS[task].request.__name__])},
-            )
+            schema = json.dumps(json_schemas()[TASKS[task].request.__name__])
+            for name in dict.fromkeys((str(task), self._queue)):
+                await self._service.add_endpoint(
+                    name=name,
+                    subject=self._subjects.call(name),
+                    handler=self._call,
+                    metadata={"request": schema},
+                )
             await self._service.add_endpoint(
                 name="cancel", subject=self._subjects.cancels, handler=self._cancel_if_allowed
             )
@@ -209,14 +224,15 @@ class WorkerService:
             return
         headers = call.headers or {}
         request_id = _id_of(call.data, headers)
-        digest = digest_of_bytes(call.data)
+        digest, queue = digest_of_bytes(call.data), call.subject.rpartition(".")[2]
         try:
             request = self._validate(call.data, request_id)
             digest = request_digest(request)
+            queue = await self._queue_of(call.subject, request)
             await submit(
                 self._bus.client,
                 self._subjects,
-                self._backend.task,
+                queue,
                 request,
                 headers=self._request_headers(request_id, inbox, headers),
             )
@@ -227,6 +243,7 @@ class WorkerService:
             event = FailedEvent(
                 request_id=request_id,
                 task=self._backend.task,
+                queue=None if queue == self._backend.task else queue,
                 sequence=0,
                 time=datetime.now(UTC),
                 worker=self._backend.worker,
@@ -245,8 +262,27 @@ class WorkerService:
             )
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
             raise _Expired
-        self._backend.check(request)
         return request.model_copy(update={"request_id": request_id})
+
+    async def _queue_of(self, subject: str, request: Request) -> str:
+        """Return the queue of a call, and check the request if it is the queue of this worker.
+
+        Raises:
+            UnsupportedParameter: No queue serves the model, or this model cannot serve the request.
+        """
+        task = self._backend.task
+        queue: str | None = self._queue
+        if subject == self._subjects.call(task):
+            queue = await self._backend.queue_for(task, request.model)
+        if queue is None:
+            raise UnsupportedParameter(
+                "model",
+                f"model: no queue of {task} serves this model; `consumer queues list` lists them",
+            )
+        if queue == self._queue:
+            self._backend.served.check(request)
+            self._backend.check(request)
+        return queue
 
     def _request_headers(
         self, request_id: str, inbox: str, headers: Mapping[str, str]
@@ -348,7 +384,7 @@ def _failure(error: Exception) -> Failure:  # noqa: PLR0911 - one for each
             return outcomes.DeadlineExceeded().failure
         case QueueFull():
             return outcomes.StreamFull().failure
-        case ServiceUnavailable():
+        case ServiceUnavailable() | Unavailable():
             return Failure.of(FailureCode.INTERNAL, "the request could not be queued")
         case _:
             log.error("call_failed", exc_info=error)

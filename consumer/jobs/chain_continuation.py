@@ -10,8 +10,15 @@ from datetime import UTC, datetime
 import structlog
 
 from consumer.jobs.admission import Job
-from consumer.jobs.outcomes import FailedOutcome, MalformedRequest, StreamFull
-from consumer.ports.bus import Events, MessageTooLarge, QueueFull, ResultEvent, ResultUnreadable
+from consumer.jobs.outcomes import FailedOutcome, MalformedRequest, ParameterRefused, StreamFull
+from consumer.ports.bus import (
+    Events,
+    MessageTooLarge,
+    Queue,
+    QueueFull,
+    ResultEvent,
+    ResultUnreadable,
+)
 from consumer.ports.telemetry import Observer
 from generation_contracts import (
     ChainLink,
@@ -42,6 +49,7 @@ class ChainContinuation:
     Args:
         worker: Name of this process in events.
         events: Publishes requests and results.
+        queues: Finds the queue of a step that names a model.
         reply: Sends an event to the reply subject of a job.
         observer: Notified of chains that end at a step that cannot be queued.
     """
@@ -51,11 +59,13 @@ class ChainContinuation:
         *,
         worker: str,
         events: Events,
+        queues: Queue,
         reply: Callable[[Job, ResultEvent], Awaitable[None]],
         observer: Observer,
     ) -> None:
         self._worker = worker
         self._events = events
+        self._queues = queues
         self._reply = reply
         self._observer = observer
 
@@ -84,9 +94,15 @@ class ChainContinuation:
         if request.chain is None:
             raise AssertionError("a next request without its position in the chain")
         refused: FailedOutcome
+        queue = await self._queues.queue_for(task, request.model)
+        digest = request_digest(request)
+        if queue is None:
+            refused = ParameterRefused(f"model: no queue of {task} serves this model", "model")
+            await self._end_at(job, task, request.chain, refused, digest)
+            return
         try:
             await self._events.publish_request(
-                task,
+                queue,
                 request,
                 reply_to=job.envelope.reply_to,
                 trace_parent=job.envelope.trace_parent,
@@ -97,10 +113,17 @@ class ChainContinuation:
             refused = StreamFull()
         else:
             return
-        await self._end_at(job, task, request.chain, refused, request_digest(request))
+        await self._end_at(job, task, request.chain, refused, digest, queue=queue)
 
     async def _end_at(
-        self, job: Job, task: Task, link: ChainLink, outcome: FailedOutcome, digest: str
+        self,
+        job: Job,
+        task: Task,
+        link: ChainLink,
+        outcome: FailedOutcome,
+        digest: str,
+        *,
+        queue: str | None = None,
     ) -> None:
         # The digest is that of the step's own request. If the previous step is delivered again and
         # the step is queued after all, the step finds this event as its result.
@@ -109,6 +132,7 @@ class ChainContinuation:
         event = FailedEvent(
             request_id=id_of(link),
             task=task,
+            queue=None if queue == task else queue,
             sequence=0,
             time=datetime.now(UTC),
             worker=self._worker,

@@ -33,6 +33,7 @@ from consumer.jobs.outcomes import (
     outcome_label,
 )
 from consumer.jobs.request_ids import RequestIds
+from consumer.jobs.served_model import ServedModel
 from consumer.jobs.states import FINAL, State
 from consumer.ports.bus import Delivery, Events, Queue, QueuedRequest, StopAck, Workers
 from consumer.ports.media import Credentials, Images
@@ -84,6 +85,7 @@ class Executor:
         limits: Limits of this worker.
         model: Description of the loaded model.
         runner: The loaded model.
+        served: Refuses requests for other models; None: no request is refused.
         run_queue: The queue of the inference thread.
         events: Publishes events and finds results.
         queue: The stored requests.
@@ -107,6 +109,7 @@ class Executor:
         limits: Limits,
         model: ModelDescription,
         runner: Runner,
+        served: ServedModel | None = None,
         run_queue: RunQueue,
         events: Events,
         queue: Queue,
@@ -127,6 +130,7 @@ class Executor:
         self._limits = limits
         self._model = model
         self._runner = runner
+        self._served = served
         self._ids = RequestIds(admission=admission, events=events, queue=queue, workers=workers)
         self._early_cancellations = EarlyCancellations()
         self._in_flight = InFlight(run_queue, most=most_in_flight)
@@ -150,6 +154,7 @@ class Executor:
             worker=worker,
             model=model,
             events=events,
+            queues=queue,
             artifacts=artifacts,
             retry_delay=limits.retry_delay,
             observer=observer,
@@ -399,6 +404,8 @@ class Executor:
             raise outcomes.WorkerLost
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
             raise outcomes.DeadlineExceeded
+        if self._served is not None:
+            self._served.check(request)
         self._runner.check(request)
         sources = tuple(TASKS[request.task].sources(request))
         inputs = await self._image_stages.fetch_inputs(job, sources)

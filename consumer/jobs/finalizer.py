@@ -21,6 +21,7 @@ from consumer.ports.bus import (
     DeadLetter,
     Events,
     MessageTooLarge,
+    Queue,
     QueueFull,
     ResultEvent,
     ResultUnreadable,
@@ -61,6 +62,7 @@ class Finalizer:
         worker: str,
         model: ModelDescription,
         events: Events,
+        queues: Queue,
         artifacts: Artifacts,
         retry_delay: float,
         observer: Observer,
@@ -73,7 +75,7 @@ class Finalizer:
         self._artifacts = artifacts
         self._retry_delay = retry_delay
         self._chain = ChainContinuation(
-            worker=worker, events=events, reply=self._reply, observer=observer
+            worker=worker, events=events, queues=queues, reply=self._reply, observer=observer
         )
 
     async def finalize(self, job: Job, decision: Decision) -> Decision:

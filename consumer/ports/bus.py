@@ -242,6 +242,15 @@ class Queue(Protocol):
     async def names(self) -> Collection[str]:
         """Return the names of all queues of the installation."""
 
+    async def queue_for(self, task: Task, model: str | None) -> str | None:
+        """Return the name of the queue for the requests of a task that ask for a model.
+
+        Waits for the bus. None if no queue serves the model.
+
+        Raises:
+            Unavailable: The client has closed the connection; the process must end.
+        """
+
     async def find(self, request_id: str) -> IdLookup:
         """Return which queues have messages under an id, without loading the messages.
 

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from consumer.ports.media import EncodedImage
 from consumer.ports.unavailable import Unavailable
-from generation_contracts import ImageArtifact, Task
+from generation_contracts import ImageArtifact
 from generation_contracts.artifacts import ImageSource
 
 

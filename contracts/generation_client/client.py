@@ -38,6 +38,7 @@ from generation_client.lookup import (
     refusal,
     stored_result,
 )
+from generation_client.queue_list import STREAM_LIST, QueuesUnreadable, list_queues
 from generation_client.submitting import MAX_REQUEST, submit
 from generation_client.uploading import post_form
 from generation_contracts import (
@@ -61,6 +62,7 @@ from generation_contracts import (
     request_digest,
 )
 from generation_contracts.artifacts import ImageSource
+from generation_contracts.queues import QueueInfo, queue_for
 from generation_contracts.requests import digest_of_bytes
 from generation_contracts.servers import parse_servers
 
@@ -141,7 +143,8 @@ class GenerationClient:
         Args:
             prompt: Description of the image.
             on_event: Called with each event, including the terminal event.
-            parameters: Fields of `TextToImageRequest`. None means the default of the model.
+            parameters: `queue` of `generate`, and fields of `TextToImageRequest`. None means the
+                default of the model.
 
         Raises:
             RequestInvalid: The request is invalid; it was not sent.
@@ -167,7 +170,8 @@ class GenerationClient:
                 of Pillow, a result or one of its outputs, a reference, or an `s3://bucket/key` URI.
             upload: Upload the files with all their pixels; see `with_images`.
             on_event: Called with each event, including the terminal event.
-            parameters: Fields of `ImageToTextRequest`. None means the default of the model.
+            parameters: `queue` of `generate`, and fields of `ImageToTextRequest`. None means the
+                default of the model.
 
         Raises:
             RequestInvalid: The request is invalid, or a file cannot be read; it was not sent.
@@ -189,6 +193,7 @@ class GenerationClient:
         *,
         images: Images | None = None,
         upload: bool = False,
+        queue: str | None = None,
         on_event: Callable[[AnyEvent], None] | None = None,
         **fields: Any,
     ) -> SucceededEvent:
@@ -198,6 +203,7 @@ class GenerationClient:
             task: The task.
             images: The input images, if the task has any; see `image_to_text`.
             upload: Upload the files with all their pixels; see `with_images`.
+            queue: See `run`.
             on_event: Called with each event, including the terminal event.
             fields: The other fields of the task's request. None means the default of the model.
 
@@ -211,7 +217,7 @@ class GenerationClient:
         request = _checked(TASKS[task].request, **_with_id(fields))
         if images is not None:
             request = await self.with_images(request, images, upload=upload)
-        return await self.run(request, on_event=on_event)
+        return await self.run(request, queue=queue, on_event=on_event)
 
     async def with_images(self, request: R, images: Images, *, upload: bool = False) -> R:
         """Return a copy of a request with other images, which fits the limits of NATS.
@@ -276,11 +282,20 @@ class GenerationClient:
         return ArtifactReference(bucket=form.bucket, key=form.key)
 
     async def run(
-        self, request: Request, *, on_event: Callable[[AnyEvent], None] | None = None
+        self,
+        request: Request,
+        *,
+        queue: str | None = None,
+        on_event: Callable[[AnyEvent], None] | None = None,
     ) -> SucceededEvent:
         """Send a request and wait until it has succeeded.
 
         For a chain, this waits for the first step. Read the later steps with `result`.
+
+        Args:
+            request: The request; without an id it gets a new one.
+            queue: The queue; None: the queue of the request's `model`, see `queue_for`.
+            on_event: Called with each event, including the terminal event.
 
         Raises:
             QueueFull, RequestTooLarge, ServiceUnavailable: See `submit`.
@@ -288,14 +303,18 @@ class GenerationClient:
             RequestFailed, RequestCancelled: The request has failed or was cancelled.
             UnsupportedMessage: The result has a later version of the contract.
         """
-        async with aclosing(self.events(request)) as events:
+        async with aclosing(self.events(request, queue=queue)) as events:
             async for event in events:
                 if on_event is not None:
                     on_event(event)
         return _succeeded(event)
 
     async def events(
-        self, request: Request, *, on_stored: Callable[[], None] | None = None
+        self,
+        request: Request,
+        *,
+        queue: str | None = None,
+        on_stored: Callable[[], None] | None = None,
     ) -> AsyncGenerator[AnyEvent, None]:
         """Send a request and yield its events, the terminal event last.
 
@@ -303,6 +322,7 @@ class GenerationClient:
 
         Args:
             request: The request; without an id it gets a new one.
+            queue: See `run`.
             on_stored: Called when the request is stored in the queue.
 
         Raises:
@@ -312,9 +332,9 @@ class GenerationClient:
                 `progress` events of a later version are skipped.
         """
         request = _identified(request)
-        task, request_id = task_of(request), str(request.request_id)
-        async with self._subscribed(task, request_id, progress=True) as events:
-            await self.submit(request)
+        queue, request_id = queue or await self.queue_for(request), str(request.request_id)
+        async with self._subscribed(queue, request_id, progress=True) as events:
+            await self.submit(request, queue=queue)
             if on_stored is not None:
                 on_stored()
             async for event in events:
@@ -328,11 +348,15 @@ class GenerationClient:
 
     # -- submit now, read the result later --------------------------------------------------------
 
-    async def submit(self, request: Request) -> str:
+    async def submit(self, request: Request, *, queue: str | None = None) -> str:
         """Store a request in the request stream, without waiting for its result.
 
         Repeating the call is safe. A second submit by this client is not stored. A second submit by
         another client gets a reply and does not run.
+
+        Args:
+            request: The request; without an id it gets a new one.
+            queue: See `run`.
 
         Returns:
             The request id, newly generated if the request has none. Any process can read the result
@@ -349,17 +373,47 @@ class GenerationClient:
         except InvalidRequest as error:
             raise RequestInvalid.of(error) from None
         request = _identified(request)
-        client, task = self._connected, task_of(request)
-        await submit(client, self._subjects, task, request, secret=self._secret)
+        queue = queue or await self.queue_for(request)
+        await submit(self._connected, self._subjects, queue, request, secret=self._secret)
         return str(request.request_id)
 
+    async def queues(self) -> tuple[QueueInfo, ...]:
+        """List the queues: their names, tasks and models. This needs no worker.
+
+        Raises:
+            ServiceUnavailable: No server, or this user may not list the streams.
+        """
+        try:
+            found = await list_queues(self._list_request, self._subjects)
+        except (Error, OSError, QueuesUnreadable) as error:
+            reason = refusal(self._connected, STREAM_LIST) or f"NATS: no list of queues: {error}"
+            raise ServiceUnavailable(reason) from None
+        return tuple(found.values())
+
+    async def queue_for(self, request: Request) -> str:
+        """Return the name of the queue for the model of a request.
+
+        Without `model`, this is the default queue of the task and the server is not asked.
+
+        Raises:
+            RequestInvalid: No queue serves this model.
+            ServiceUnavailable: See `queues`.
+        """
+        if request.model is None:
+            return str(request.task)
+        found = queue_for(request.model, request.task, await self.queues())
+        if found is None:
+            problem = f"no queue of {request.task} serves this model"
+            raise RequestInvalid(f"model: {problem}", ({"field": "model", "problem": problem},))
+        return found.name
+
     async def result(
-        self, task: Task | str, request_id: str, *, within: float | None = None
+        self, queue: str, request_id: str, *, within: float | None = None
     ) -> ResultEvent:
         """Wait for the terminal event of a request of any sender.
 
         Args:
-            task: Task of the request.
+            queue: Queue of the request; the default queue of a task has the name of the task.
             request_id: Id of the request.
             within: Seconds to wait; None: no limit; 0: return or raise at once.
 
@@ -369,11 +423,10 @@ class GenerationClient:
                 connection, or an outage of more than `max_outage`.
             UnsupportedMessage: The result has a later version of the contract.
         """
-        task = Task(task)
         if within == 0:
-            return await self._stored_now(task, request_id)
+            return await self._stored_now(queue, request_id)
         async with asyncio.timeout(within):
-            async with self._subscribed(task, request_id) as events:
+            async with self._subscribed(queue, request_id) as events:
                 async for event in events:
                     if isinstance(event, TerminalEvent):
                         return event
@@ -399,7 +452,9 @@ class GenerationClient:
             raise _cancel_error(reply) from None
 
     async def ended(self, request_id: str, *, within: float | None = None) -> str:
-        """Wait for the end of a request of unknown task.
+        """Wait for the end of a request of an unknown queue.
+
+        If this user may not list the queues, only the default queues are searched.
 
         Args:
             request_id: Id of the request.
@@ -412,7 +467,11 @@ class GenerationClient:
             TimeoutError: The request has not ended within this time.
             ServiceUnavailable, UnsupportedMessage: See `result`.
         """
-        waiting = [asyncio.ensure_future(self.result(task, request_id)) for task in Task]
+        try:
+            names = [queue.name for queue in await self.queues()]
+        except ServiceUnavailable:
+            names = [str(task) for task in Task]
+        waiting = [asyncio.ensure_future(self.result(name, request_id)) for name in names]
         try:
             async with asyncio.timeout(within):
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -456,6 +515,10 @@ class GenerationClient:
             raise ServiceUnavailable("not connected: use `async with GenerationClient(…)`")
         return self._client
 
+    async def _list_request(self, subject: str, body: bytes) -> bytes:
+        reply = await self._connected.request(subject, body, timeout=ENDPOINT_TIMEOUT)
+        return reply.data
+
     async def _request(self, subject: str, body: bytes, *, what: str) -> bytes:
         """Send a message to an endpoint of the workers, and return the body of the reply."""
         try:
@@ -467,9 +530,9 @@ class GenerationClient:
             raise ServiceUnavailable(reason) from None
         return reply.data
 
-    async def _stored_now(self, task: Task, request_id: str) -> ResultEvent:
+    async def _stored_now(self, queue: str, request_id: str) -> ResultEvent:
         try:
-            event = await stored_result(self._connected, self._subjects, task, request_id)
+            event = await stored_result(self._connected, self._subjects, queue, request_id)
         except ResultsUnreadable as error:
             raise ServiceUnavailable(f"NATS: {error}") from None
         if event is None:
@@ -478,7 +541,7 @@ class GenerationClient:
 
     @asynccontextmanager
     async def _subscribed(
-        self, task: Task, request_id: str, *, progress: bool = False
+        self, queue: str, request_id: str, *, progress: bool = False
     ) -> AsyncIterator[AsyncIterator[AnyEvent]]:
         """Subscribe to the events of a request; the iterator ends with the terminal event.
 
@@ -488,7 +551,7 @@ class GenerationClient:
 
         async def take_result(message: Msg) -> None:
             try:
-                event = read_event(message.data, task, request_id)
+                event = read_event(message.data, queue, request_id)
             except UnsupportedMessage as newer:
                 received.put_nowait(newer)
                 return
@@ -497,14 +560,15 @@ class GenerationClient:
 
         async def take_progress(message: Msg) -> None:
             with suppress(UnsupportedMessage):  # not needed for the result
-                event = read_event(message.data, task, request_id)
+                event = read_event(message.data, queue, request_id)
                 if event is not None and not isinstance(event, TerminalEvent):
                     received.put_nowait(event)
 
         # The result subject is last: nats-py stores only the last refused permission, and the
         # permission for progress is optional.
-        subjects = [(self._subjects.progress(task, request_id), take_progress)] if progress else []
-        subjects.append((self._subjects.result(task, request_id), take_result))
+        progress_subject = self._subjects.progress(queue, request_id)
+        subjects = [(progress_subject, take_progress)] if progress else []
+        subjects.append((self._subjects.result(queue, request_id), take_result))
         client = self._connected
         try:
             subscriptions = [await client.subscribe(subject, cb=take) for subject, take in subjects]
@@ -513,7 +577,7 @@ class GenerationClient:
         try:
             # `progress` is for a request that is submitted next, which has no result yet.
             first_wait = LOOKUP_INTERVAL if progress else 0.0
-            yield self._received(task, request_id, received, wait=first_wait)
+            yield self._received(queue, request_id, received, wait=first_wait)
         finally:
             if not client.is_closed:
                 for subscription in subscriptions:
@@ -521,7 +585,7 @@ class GenerationClient:
 
     async def _received(
         self,
-        task: Task,
+        queue: str,
         request_id: str,
         received: "asyncio.Queue[AnyEvent | UnsupportedMessage]",
         *,
@@ -536,7 +600,7 @@ class GenerationClient:
                 event = await asyncio.wait_for(received.get(), wait)
             except TimeoutError:
                 try:
-                    event = await stored_result(client, self._subjects, task, request_id)
+                    event = await stored_result(client, self._subjects, queue, request_id)
                     last_reply = now()
                 except ResultsUnreadable as error:
                     if self._max_outage is not None and now() - last_reply > self._max_outage:
@@ -551,7 +615,7 @@ class GenerationClient:
                 yield event
             if isinstance(event, TerminalEvent):
                 return
-            if reason := refusal(client, self._subjects.result(task, request_id)):
+            if reason := refusal(client, self._subjects.result(queue, request_id)):
                 raise ServiceUnavailable(reason)
             wait = LOOKUP_INTERVAL
         raise ServiceUnavailable("NATS: the connection is closed")

@@ -23,7 +23,6 @@ from generation_contracts import (
     StartedEvent,
     Subjects,
     SucceededEvent,
-    Task,
     TerminalEvent,
     decode_event,
 )
@@ -42,7 +41,7 @@ class ResultsUnreadable(Exception):  # noqa: N818 - a state of the server
     """The stream cannot be read now; a later lookup may succeed."""
 
 
-def read_event(body: bytes, task: Task, request_id: str) -> AnyEvent | None:
+def read_event(body: bytes, queue: str, request_id: str) -> AnyEvent | None:
     """Decode an event of one request.
 
     Returns:
@@ -55,13 +54,13 @@ def read_event(body: bytes, task: Task, request_id: str) -> AnyEvent | None:
     try:
         event = decode_event(body)
     except ValidationError as error:
-        _raise_if_newer(body, task, request_id, error)
+        _raise_if_newer(body, queue, request_id, error)
         return None
-    return event if (event.task, event.request_id) == (task, request_id) else None
+    return event if (event.queue_name, event.request_id) == (queue, request_id) else None
 
 
 async def stored_result(
-    client: Client, subjects: Subjects, task: Task, request_id: str
+    client: Client, subjects: Subjects, queue: str, request_id: str
 ) -> ResultEvent | None:
     """Read the terminal event of a request from the results stream.
 
@@ -76,7 +75,7 @@ async def stored_result(
         ResultsUnreadable: The stream cannot be read now.
     """
     subject = f"$JS.API.STREAM.MSG.GET.{subjects.results_stream}"
-    body = json.dumps({"last_by_subj": subjects.result(task, request_id)}).encode()
+    body = json.dumps({"last_by_subj": subjects.result(queue, request_id)}).encode()
     try:
         message = await client.request(subject, body, timeout=LOOKUP_TIMEOUT)
         reply: Any = json.loads(message.data)
@@ -88,7 +87,7 @@ async def stored_result(
         raise ResultsUnreadable(
             f"no answer from the results stream: {type(error).__name__}"
         ) from None
-    event = None if stored is None else read_event(stored, task, request_id)
+    event = None if stored is None else read_event(stored, queue, request_id)
     return event if isinstance(event, TerminalEvent) else None
 
 
@@ -132,7 +131,7 @@ def _stored_body(reply: Any, subjects: Subjects) -> bytes | None:
     raise ResultsUnreadable(f"the results stream cannot be read: {error['description']}")
 
 
-def _raise_if_newer(body: bytes, task: Task, request_id: str, error: ValidationError) -> None:
+def _raise_if_newer(body: bytes, queue: str, request_id: str, error: ValidationError) -> None:
     try:
         value = json.loads(body)
     except ValueError:
@@ -140,7 +139,8 @@ def _raise_if_newer(body: bytes, task: Task, request_id: str, error: ValidationE
     kind = str(value.get("type")) if isinstance(value, dict) else ""
     if not kind.startswith("generation.") or kind in _TRANSIENT:
         return
-    if (value.get("task", task), value.get("request_id", request_id)) != (task, request_id):
+    named = value.get("queue", value.get("task", queue)), value.get("request_id", request_id)
+    if named != (queue, request_id):
         return
     # The first name is the type, with which pydantic selects the class.
     where = ".".join(str(part) for part in error.errors(include_input=False)[0]["loc"][1:])

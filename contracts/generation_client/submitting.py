@@ -12,7 +12,7 @@ from nats.js.errors import APIError, NoStreamResponseError
 from generation_client.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM
 from generation_client.errors import QueueFull, RequestTooLarge, ServiceUnavailable
 from generation_client.lookup import refusal
-from generation_contracts import Request, Subjects, Task, encode
+from generation_contracts import Request, Subjects, encode
 from generation_contracts.headers import MESSAGE_ID, wire_size
 
 PUBLISH_TIMEOUT = 5.0  # seconds
@@ -25,7 +25,7 @@ NO_PUB_ACK = (TypeError, AttributeError, ValueError, KeyError)
 async def submit(
     client: Client,
     subjects: Subjects,
-    task: Task,
+    queue: str,
     request: Request,
     *,
     secret: bytes | None = None,
@@ -36,7 +36,7 @@ async def submit(
     Args:
         client: Connected.
         subjects: Subjects of the installation.
-        task: Task of the request.
+        queue: Queue for the request.
         request: A request with an id.
         secret: Secret of the sender; see `message_id`. With None the message id is random. Then a
             repeated request is stored again, and a worker replies to it without a second run.
@@ -51,15 +51,17 @@ async def submit(
     if request.request_id is None:
         raise ValueError("a request that is submitted has an id")
     body = encode(request)
-    sent = {MESSAGE_ID: message_id(secret or uuid.uuid4().bytes, task, request), **(headers or {})}
+    sent = {MESSAGE_ID: message_id(secret or uuid.uuid4().bytes, queue, request), **(headers or {})}
     # nats-py checks the body without the headers, and the server closes the connection over it.
     if wire_size(body, sent) > client.max_payload:
         raise RequestTooLarge
-    subject = subjects.request(task, request.request_id)
+    subject = subjects.request(queue, request.request_id)
     try:
         await client.jetstream().publish(subject, body, timeout=PUBLISH_TIMEOUT, headers=sent)
     except NoStreamResponseError:
-        raise ServiceUnavailable("NATS: there is no request stream; run `consumer apply`") from None
+        raise ServiceUnavailable(
+            f"NATS: there is no request stream for {queue}; run `consumer apply`"
+        ) from None
     except APIError as error:
         if error.err_code == STREAM_FULL:
             raise QueueFull from None
@@ -73,12 +75,12 @@ async def submit(
         raise ServiceUnavailable(f"NATS: the request is not confirmed: {reason}") from None
 
 
-def message_id(secret: bytes, task: Task, request: Request) -> str:
+def message_id(secret: bytes, queue: str, request: Request) -> str:
     """Return the `Nats-Msg-Id` of a request, derived from the request and the secret.
 
     JetStream drops a message whose `Nats-Msg-Id` it has stored before, from any sender, and
     acknowledges it as a duplicate. With the secret, no other sender can guess the id. So only a
     repetition by the same sender is a duplicate.
     """
-    content = f"{task}.{request.request_id}.".encode() + encode(request)
+    content = f"{queue}.{request.request_id}.".encode() + encode(request)
     return hmac.new(secret, content, hashlib.sha256).hexdigest()

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from generation_contracts.artifacts import ImageSource
 from generation_contracts.base import RequestPart, Task
-from generation_contracts.fields import MAX_CHAIN, Branch, Deadline, Metadata
+from generation_contracts.fields import MAX_CHAIN, Branch, Deadline, Metadata, ModelName
 from generation_contracts.subjects import RequestId, SubjectName
 
 OUTPUTS = "$outputs"
@@ -18,6 +18,10 @@ class Step(RequestPart):
     if TYPE_CHECKING:
         task: str
         prompt: str
+
+    model: ModelName | None = Field(
+        default=None, description="name of a model or a queue; absent: the default queue"
+    )
 
     @property
     def input_images(self) -> tuple[ImageSource, ...] | str | None:
@@ -74,3 +78,7 @@ class Request(RequestPart):
         default=(), description="routing slip: the next steps, each made from the previous result"
     )
     chain: ChainLink | None = Field(default=None, description="set by workers only")
+    model: ModelName | None = Field(
+        default=None,
+        description="name of a model or a queue: a worker refuses the name of another model",
+    )

@@ -25,6 +25,7 @@ MAX_SEED = 2**32 - 1  # every random generator in use accepts it, and JSON repre
 MAX_STEPS = 200
 MAX_NEW_TOKENS = 8_192
 MAX_CHAIN = 8  # requests in a routing slip, so nine steps with the first
+MAX_MODEL_NAME = 200  # characters; a hub id or the name of a folder
 MAX_BRANCH = 24  # characters
 MAX_METADATA = 16  # entries
 MAX_ADAPTERS = 4  # in one request
@@ -85,6 +86,7 @@ Metadata = Annotated[
     ],
     Field(max_length=MAX_METADATA),
 ]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_NAME)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Side = Annotated[int, Field(ge=16, le=MAX_SIDE, description="pixels")]
 AdapterName = Annotated[

@@ -14,7 +14,6 @@ QUEUE_KEY = "generation.queue"
 TASK_KEY = "generation.task"
 MODEL_KEY = "generation.model"
 CREATED_BY_KEY = "generation.created-by"
-MAX_MODEL_NAME = 200  # characters; a hub id or the name of a folder
 
 
 @dataclass(frozen=True)

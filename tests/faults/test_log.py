@@ -39,7 +39,9 @@ async def test_requests_succeed_and_lost_log_lines_are_counted_without_a_reader(
             event = await scene.event(await scene.submit(), within=2 * WITHIN)
             assert event["type"] == "generation.v1.succeeded"
         metrics = await asyncio.to_thread(_get, f"http://127.0.0.1:{port}/metrics")
-        lost = metrics.split('generation_lost_log_lines_total{queue="text_to_image",task="text_to_image"} ')[1]
+        lost = metrics.split(
+            'generation_lost_log_lines_total{queue="text_to_image",task="text_to_image"} '
+        )[1]
         assert float(lost.splitlines()[0]) >= 3
         await scene.until_empty()
         worker.terminate()

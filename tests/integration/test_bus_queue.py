@@ -11,8 +11,10 @@ from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.endpoints import worker_service as worker_service_module
 from consumer.endpoints.worker_service import WorkerBackend, WorkerService
+from consumer.jobs.served_model import ServedModel
 from consumer.ports.bus import IdLookup, StopAck
 from generation_contracts import ModelInfo, Subjects, Task, UploadReply, UploadRequest
+from generation_contracts.queues import QueueInfo
 from tests.integration.bus_installation import TASK, Installation, soon, take
 from tests.support.memory_ports import MemoryObserver
 
@@ -166,6 +168,8 @@ class RemoteWorker:
             raise AssertionError("this test sends no upload request")
 
         backend = WorkerBackend(
+            served=ServedModel(QueueInfo(str(TASK), TASK), MODEL.id),
+            queue_for=queue_of(installation).queue_for,
             task=TASK,
             worker="w",
             model=MODEL,

@@ -221,6 +221,7 @@ class MemoryQueue:
         cancelled: Sequences of the requests that were cancelled while in progress.
         retries: The requests that wait for a delayed retry, with their ids.
         owners: The request digest that each id is marked with.
+        queues: Names of the queues, by the name of their model.
         cancelled_retries: Ids of requests that were cancelled while they waited for a retry.
     """
 
@@ -244,6 +245,7 @@ class MemoryQueue:
         self.retries: list[tuple[str, MemoryDelivery]] = []
         self.owners: dict[str, str] = {}
         self.cancelled_retries: set[str] = set()
+        self.queues: dict[str, str] = {}
         self._journal = journal
         self._last = 0
         self._new: deque[MemoryDelivery] = deque()
@@ -320,6 +322,10 @@ class MemoryQueue:
 
     async def names(self) -> list[str]:
         raise AssertionError("a job looks up no other queues")
+
+    async def queue_for(self, task: Task, model: str | None) -> str | None:
+        await self.outage.over()
+        return str(task) if model is None else self.queues.get(model)
 
     async def find(self, request_id: str) -> IdLookup:
         raise AssertionError(f"a job looks up no other requests: {request_id}")
@@ -508,7 +514,7 @@ class MemoryEvents:
             raise self.retries_full
         stored = getattr(delivery, "port", delivery)  # `stepped_world` wraps the delivery
         assert isinstance(stored, MemoryDelivery)
-        assert task is stored.queue.task
+        assert task == stored.queue.task
         self._journal.append("retry")
         stored.queue.retry(stored, request_id, attempts, delay)
         if owner is not None:

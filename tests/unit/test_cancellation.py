@@ -122,6 +122,7 @@ class Setup:
 
     def _finalizer(self, task: Task) -> QueueFinalizer:
         finalizer = Finalizer(
+            queues=self.queue,
             task=task,
             worker="canceller",
             model=self.world.runner.load(),

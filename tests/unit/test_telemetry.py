@@ -41,9 +41,11 @@ def samples(metrics: Metrics) -> dict[str, float]:
 
 
 def series(metrics: Metrics, name: str) -> dict[str, float]:
-    """Return the samples of a metric by the value of the label other than the task and the queue."""
+    """Return the samples of a metric by the value of the label that is no task or queue."""
     return {
-        next(value for label, value in sample.labels.items() if label not in {"task", "queue"}): sample.value
+        next(
+            value for label, value in sample.labels.items() if label not in {"task", "queue"}
+        ): sample.value
         for family in metrics.registry.collect()
         for sample in family.samples
         if sample.name == name
@@ -62,12 +64,13 @@ def test_metrics_count_jobs_by_outcome_and_the_time_of_each_stage() -> None:
     metrics.job_finished(JobReport("deadline_exceeded", 1, queued=8))
     metrics.job_finished(JobReport("requeued", 1, unsigned=2))
     metrics.device_busy(6.5)
-    task = "{'task': 'text_to_image', 'queue': 'text_to_image'}"
+    own = "'task': 'text_to_image', 'queue': 'text_to_image'"
+    task = f"{{{own}}}"
     assert samples(metrics) == {
-        "generation_jobs_total{'task': 'text_to_image', 'queue': 'text_to_image', 'outcome': 'succeeded'}": 2,
-        "generation_jobs_total{'task': 'text_to_image', 'queue': 'text_to_image', 'outcome': 'deadline_exceeded'}": 1,
-        "generation_failures_total{'task': 'text_to_image', 'queue': 'text_to_image', 'code': 'deadline_exceeded'}": 1,
-        "generation_jobs_total{'task': 'text_to_image', 'queue': 'text_to_image', 'outcome': 'requeued'}": 1,
+        f"generation_jobs_total{{{own}, 'outcome': 'succeeded'}}": 2,
+        f"generation_jobs_total{{{own}, 'outcome': 'deadline_exceeded'}}": 1,
+        f"generation_failures_total{{{own}, 'code': 'deadline_exceeded'}}": 1,
+        f"generation_jobs_total{{{own}, 'outcome': 'requeued'}}": 1,
         f"generation_unsigned_images_total{task}": 2,
         f"generation_redelivered_jobs_total{task}": 1,
         f"generation_jobs_in_flight{task}": 1,
@@ -182,7 +185,11 @@ def test_info_metrics_have_the_model_and_the_version() -> None:
         if sample.name.endswith("_info")
     }
     assert info == {
-        "generation_build_info": {"task": "text_to_image", "queue": "text_to_image", "version": version(SOFTWARE)},
+        "generation_build_info": {
+            "task": "text_to_image",
+            "queue": "text_to_image",
+            "version": version(SOFTWARE),
+        },
         "generation_model_info": {
             "task": "text_to_image",
             "queue": "text_to_image",
@@ -338,7 +345,10 @@ def test_lost_log_lines_are_counted_without_an_error(
     metrics = Metrics("text_to_image")
 
     def lost() -> float:
-        name, labels = "generation_lost_log_lines_total", dict.fromkeys(["task", "queue"], "text_to_image")
+        name, labels = (
+            "generation_lost_log_lines_total",
+            dict.fromkeys(["task", "queue"], "text_to_image"),
+        )
         return metrics.registry.get_sample_value(name, labels) or 0.0
 
     before = lost()
