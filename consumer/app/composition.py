@@ -195,6 +195,7 @@ def make_runner(settings: Settings) -> Runner:
         safety_threshold=settings.model_safety_threshold,
         safety_policy=settings.model_safety_policy,
         max_image_pixels=settings.model_max_image_pixels,
+        runner=settings.model_runner,
     )
     if errors := find_setting_errors(settings.task, config):
         raise SettingsError("\n".join(errors))

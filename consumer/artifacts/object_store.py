@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from io import BytesIO
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import structlog
@@ -42,14 +42,16 @@ from consumer.artifacts.faults import (
 from consumer.artifacts.lifecycle import expire_uploads
 from consumer.artifacts.minio_internals import CHECKSUM, store_client
 from consumer.artifacts.web_inputs import WebInputs
-from consumer.ports.media import EncodedImage, InputUnavailable
+from consumer.ports.media import EncodedFile, EncodedImage, InputUnavailable
 from consumer.ports.store import StoreUnavailable, UploadTooLarge
 from consumer.ports.telemetry import Observer
 from consumer.settings import is_plain
 from generation_contracts import (
     ArtifactReference,
+    FileArtifact,
     ImageArtifact,
     InlineImage,
+    StoredArtifact,
     UploadReply,
     UploadRequest,
 )
@@ -121,8 +123,8 @@ class ObjectStoreArtifacts:
     # -- the port ---------------------------------------------------------------------------------
 
     async def store(
-        self, queue: str, request_id: str, index: int, image: EncodedImage
-    ) -> ImageArtifact:
+        self, queue: str, request_id: str, index: int, file: EncodedFile
+    ) -> ImageArtifact | FileArtifact:
         """Store one output under `<prefix>/<queue>/<request_id>/<index>-<sha256>.<extension>`.
 
         The key has the first digits of the SHA-256. Two workers may run the same request (a lease
@@ -138,28 +140,28 @@ class ObjectStoreArtifacts:
             raise ValueError("a request id is 1-64 characters of A-Z a-z 0-9 _ -")
         bucket = self._config.bucket
         key = self._config.key(
-            queue, request_id, f"{index}-{image.sha256[:DIGITS]}.{image.extension}"
+            queue, request_id, f"{index}-{file.sha256[:DIGITS]}.{file.extension}"
         )
-        put = partial(self._put, image.media_type, md5=self._md5(image.data), sha256=image.sha256)
-        etag = await self._run(partial(put, key, image.data))
+        put = partial(self._put, file.media_type, md5=self._md5(file.data), sha256=file.sha256)
+        etag = await self._run(partial(put, key, file.data))
         signed_at = datetime.now(UTC).replace(microsecond=0)  # signatures have whole seconds
         lifetime = timedelta(seconds=self._config.url_ttl)
-        return ImageArtifact(
-            bucket=bucket,
-            key=key,
-            url=self._presigner.get_presigned_url(
+        stored: dict[str, Any] = {
+            "bucket": bucket,
+            "key": key,
+            "url": self._presigner.get_presigned_url(
                 "GET", bucket, key, expires=lifetime, request_date=signed_at
             ),
-            url_expires_at=signed_at + lifetime,
-            etag=etag,
-            sha256=image.sha256,
-            size=len(image.data),
-            media_type=image.media_type,
-            width=image.width,
-            height=image.height,
-            seed=image.seed,
-            marks=image.marks,
-        )
+            "url_expires_at": signed_at + lifetime,
+            "etag": etag,
+            "sha256": file.sha256,
+            "size": len(file.data),
+            "media_type": file.media_type,
+        }
+        if not isinstance(file, EncodedImage):
+            return FileArtifact(**stored)
+        image = {"width": file.width, "height": file.height, "seed": file.seed}
+        return ImageArtifact(**stored, **image, marks=file.marks)
 
     async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:
         """Return the bytes of one input image, from the store, the request or an allowed host.
@@ -183,7 +185,7 @@ class ObjectStoreArtifacts:
         read = partial(self._read, found.bucket, found.key, max_bytes)
         return await self._run(read, within=min(_INPUT_TIMEOUT, self._config.deadline))
 
-    async def discard(self, artifact: ImageArtifact) -> None:
+    async def discard(self, artifact: StoredArtifact) -> None:
         """Delete an output that no event refers to, with one attempt. Never raises."""
         remove = partial(self._client.remove_object, artifact.bucket, artifact.key)
         try:

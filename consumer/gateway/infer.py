@@ -158,6 +158,7 @@ async def _document(call: Call, event: SucceededEvent) -> ImageAnswer | TextAnsw
             **shared,
         )
     artifacts = [output for output in event.outputs if isinstance(output, ImageArtifact)]
+    picture = artifacts[0]
     images = [
         base64.b64encode(await call.content(event, number)).decode()
         for number in range(len(event.outputs))
@@ -165,9 +166,9 @@ async def _document(call: Call, event: SucceededEvent) -> ImageAnswer | TextAnsw
     return ImageAnswer(
         image=images[0],
         images=images,
-        media_type=first.media_type,
-        width=first.width,
-        height=first.height,
+        media_type=picture.media_type,
+        width=picture.width,
+        height=picture.height,
         seeds=[artifact.seed for artifact in artifacts],
         marks=[artifact.marks or () for artifact in artifacts],
         **shared,

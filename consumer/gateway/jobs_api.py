@@ -31,8 +31,8 @@ from consumer.gateway.keys import Authenticated
 from consumer.gateway.sse import EventStream
 from consumer.gateway.tenants import Caller
 from consumer.gateway.waiting import SenderPart
+from generation_contracts import JsonOutput, StoredArtifact, SucceededEvent, Task
 from generation_contracts import Request as GenerationRequest
-from generation_contracts import StoredArtifact, SucceededEvent, Task
 from generation_contracts.base import RequestPart, pattern_message
 from generation_contracts.fields import MAX_CHAIN, Deadline, Metadata
 from generation_contracts.subjects import RequestId
@@ -40,7 +40,7 @@ from generation_contracts.tasks import NEXT_STEP, TASKS, TaskSpec
 
 MAX_PAGE = 100  # jobs
 
-OUTPUT_TYPES = ("image/png", "image/webp", "image/jpeg", "text/plain")
+OUTPUT_TYPES = ("image/png", "image/webp", "image/jpeg", "text/plain", "application/json")
 OUTPUT_HEADERS = {
     **GENERATED,
     "cache-control": "private, max-age=31536000, immutable",
@@ -239,6 +239,9 @@ async def read_output(
         raise not_found("this job has no such output")
     output = event.outputs[number]
     if not isinstance(output, StoredArtifact):
+        if isinstance(output, JsonOutput):
+            text = json.dumps(output.value, ensure_ascii=False)
+            return Response(text, media_type="application/json", headers=OUTPUT_HEADERS)
         return Response(output.text, media_type="text/plain", headers=OUTPUT_HEADERS)
     headers = {**OUTPUT_HEADERS, "etag": f'"{output.sha256}"'}
     if matches(if_none_match or "", headers["etag"]):

@@ -21,16 +21,17 @@ from consumer.jobs.states import State, advance
 from consumer.ports.bus import Delivery, Message, QueuedRequest, ResultEvent
 from consumer.ports.telemetry import Stage
 from generation_contracts import (
+    FileArtifact,
     ImageArtifact,
     InvalidRequest,
     Request,
     Subjects,
     Task,
-    TextOutput,
     UnsafeReplySubject,
     check_routing_slip,
     decode_request,
 )
+from generation_contracts.artifacts import Output
 from generation_contracts.events import ParameterValue
 from generation_contracts.headers import MESSAGE_ID, REPLY_TO, TRACE_PARENT
 from generation_contracts.requests import digest_of_bytes
@@ -102,8 +103,8 @@ class Job:
     state: State = State.RECEIVED
     request: Request | None = None
     existing: ResultEvent | None = None
-    stored: list[ImageArtifact] = field(default_factory=list)
-    outputs: tuple[ImageArtifact | TextOutput, ...] = ()
+    stored: list[ImageArtifact | FileArtifact] = field(default_factory=list)
+    outputs: tuple[Output, ...] = ()
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     sequence: int = 0

@@ -38,6 +38,8 @@ from consumer.jobs.states import FINAL, State
 from consumer.ports.bus import Delivery, Events, Queue, QueuedRequest, StopAck, Workers
 from consumer.ports.media import Credentials, Images
 from consumer.ports.model import (
+    GeneratedJson,
+    GeneratedOutput,
     GeneratedText,
     ModelDescription,
     ModelError,
@@ -47,7 +49,16 @@ from consumer.ports.model import (
 from consumer.ports.store import Artifacts
 from consumer.ports.telemetry import JobTrace, NoTracer, Observer, Tracer
 from consumer.telemetry import JobReport
-from generation_contracts import TASKS, ImageArtifact, Request, TextOutput, request_digest
+from generation_contracts import (
+    TASKS,
+    FileArtifact,
+    ImageArtifact,
+    JsonOutput,
+    Request,
+    TextOutput,
+    request_digest,
+)
+from generation_contracts.artifacts import Output
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -419,13 +430,10 @@ class Executor:
             raise outcomes.OutputRefused
         if not output.outputs:
             raise ModelError("NoOutput")
-        stored: Iterator[ImageArtifact] = iter(())
-        if output.images:
+        stored: Iterator[ImageArtifact | FileArtifact] = iter(())
+        if output.files:
             stored = iter(await self._image_stages.encode_and_store(job, request, output))
-        job.outputs = tuple(
-            TextOutput(**asdict(each)) if isinstance(each, GeneratedText) else next(stored)
-            for each in output.outputs
-        )
+        job.outputs = tuple(_output(each, stored) for each in output.outputs)
 
     # -- decision and settlement ------------------------------------------------------------------
 
@@ -476,3 +484,14 @@ class Executor:
             "job_finished",
             **{k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(report).items()},
         )
+
+
+def _output(generated: GeneratedOutput, stored: Iterator[ImageArtifact | FileArtifact]) -> Output:
+    """Return an output for the event; `stored` has the files in the order of the outputs."""
+    match generated:
+        case GeneratedText():
+            return TextOutput(**asdict(generated))
+        case GeneratedJson():
+            return JsonOutput(value=generated.value)
+        case _:
+            return next(stored)

@@ -6,6 +6,7 @@ but does not return an input, the request fails.
 """
 
 import asyncio
+import hashlib
 import os
 import random
 import time
@@ -22,15 +23,16 @@ from consumer.jobs.states import State
 from consumer.media.provenance import provenance_of
 from consumer.ports.media import (
     Credentials,
+    EncodedFile,
     EncodedImage,
     Images,
     InputUnavailable,
     OutputFormat,
     SigningFailed,
 )
-from consumer.ports.model import GeneratedImage, RunnerOutput
+from consumer.ports.model import GeneratedFile, GeneratedImage, RunnerOutput
 from consumer.ports.store import Artifacts, StoreUnavailable
-from generation_contracts import ImageArtifact, ModelInfo, Request
+from generation_contracts import FileArtifact, ImageArtifact, ModelInfo, Request
 from generation_contracts.artifacts import ImageSource
 
 if TYPE_CHECKING:
@@ -103,19 +105,27 @@ class ImageStages:
 
     async def encode_and_store(
         self, job: Job, request: Request, output: RunnerOutput
-    ) -> tuple[ImageArtifact, ...]:
-        """Encode, sign and store the images of a run.
+    ) -> tuple[ImageArtifact | FileArtifact, ...]:
+        """Encode and sign the images of a run, and store all its files.
 
         Raises:
             NotSigned: A file cannot be signed, and signatures are required.
             Stopped: The job was asked to stop before every image was stored.
             HandedOver: The store does not answer, and another worker is idle.
         """
-        encoded = await self._encode(job, request, output)
+        images = iter(await self._encode(job, request, output))
+        encoded = [
+            next(images)
+            if isinstance(file, GeneratedImage)
+            else await asyncio.to_thread(_hash, file)
+            for file in output.files
+        ]
         stored = await self._store(job, encoded)
         return tuple(
-            artifact.model_copy(update={"flagged": image.flagged})
-            for artifact, image in zip(stored, output.images, strict=True)
+            artifact.model_copy(update={"flagged": file.flagged})
+            if isinstance(file, GeneratedImage)
+            else artifact
+            for artifact, file in zip(stored, output.files, strict=True)
         )
 
     async def _fetch_input(self, job: Job, place: str, source: ImageSource) -> "Image":
@@ -154,13 +164,13 @@ class ImageStages:
         ]
 
         async def encode(image: GeneratedImage, provenance: Mapping[str, str]) -> EncodedImage:
-            write = partial(self.images.encode, image.image, file_format)
+            write = partial(self.images.encode, image.image, image.output_format or file_format)
             async with self._encoders:
                 return await asyncio.to_thread(write, seed=image.seed, provenance=provenance)
 
         encoded = await asyncio.gather(*map(encode, output.images, provenances))
         job.spent("encode", time.monotonic() - started)
-        if self.credentials is not None:
+        if self.credentials is not None and encoded:
             encoded = await self._sign(job, self.credentials, encoded, provenances)
         job.encode = time.monotonic() - started
         return encoded
@@ -202,7 +212,9 @@ class ImageStages:
         job.spent("sign", time.monotonic() - started)
         return files
 
-    async def _store(self, job: Job, encoded: list[EncodedImage]) -> tuple[ImageArtifact, ...]:
+    async def _store(
+        self, job: Job, encoded: Sequence[EncodedFile]
+    ) -> tuple[ImageArtifact | FileArtifact, ...]:
         job.advance(State.STORING)
         started = time.monotonic()
         uploads = [
@@ -250,3 +262,9 @@ class ImageStages:
                 pause = min(pause * 2, STORE_PAUSE_MOST)
         finally:
             self.waiting.discard(job)
+
+
+def _hash(file: GeneratedFile) -> EncodedFile:
+    """Return a file with its hash: CPU work, for a thread."""
+    digest = hashlib.sha256(file.data).hexdigest()
+    return EncodedFile(file.data, file.media_type, file.extension, digest)

@@ -13,21 +13,31 @@ OutputFormat = Literal["png", "webp", "jpeg"]
 
 
 @dataclass(frozen=True)
-class EncodedImage:
-    """One image as a file, with its hash.
+class EncodedFile:
+    """One output as a file, with its hash.
 
     Attributes:
         sha256: Hexadecimal digest of `data`.
-        marks: Names of the marks in the file that say that it was generated.
     """
 
     data: bytes = field(repr=False)
-    media_type: Literal["image/png", "image/webp", "image/jpeg"]
+    media_type: str
     extension: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class EncodedImage(EncodedFile):
+    """One image as a file, with its hash.
+
+    Attributes:
+        marks: Names of the marks in the file that say that it was generated.
+    """
+
+    media_type: Literal["image/png", "image/webp", "image/jpeg"]
     width: int  # pixels
     height: int  # pixels
     seed: int
-    sha256: str
     marks: tuple[str, ...] = ()
 
 

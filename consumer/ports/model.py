@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from pydantic import JsonValue
+
+from consumer.ports.media import OutputFormat
 from generation_contracts import ModelInfo, Request
 from generation_contracts.events import ParameterValue
 
@@ -20,6 +23,7 @@ class ModelDescription:
         parameters: Names of the optional request fields that the model supports; a request with
             any other optional field is refused.
         defaults: Values for fields that a request leaves out.
+        request_schema: JSON Schema of the requests; None: the schema of the contract.
         size_multiple: Width and height must be multiples of it, in pixels; None for text.
         max_pixels: Limit of width times height of an output image; None for text.
         least_steps: Minimum number of denoising steps; None for text.
@@ -28,6 +32,7 @@ class ModelDescription:
     info: ModelInfo
     parameters: frozenset[str]
     defaults: Mapping[str, int | float | str | None]
+    request_schema: Mapping[str, Any] | None = None
     size_multiple: int | None = None
     max_pixels: int | None = None
     least_steps: int | None = None
@@ -40,6 +45,7 @@ class GeneratedImage:
     image: "Image"
     seed: int
     flagged: bool | None = None  # by the safety checker; None without a safety checker
+    output_format: OutputFormat | None = None  # None: as the request says
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,23 @@ class GeneratedText:
     seed: int | None = None  # None: no sampling
 
 
-GeneratedOutput = GeneratedImage | GeneratedText
+@dataclass(frozen=True)
+class GeneratedFile:
+    """Bytes from the model, which are stored unchanged."""
+
+    data: bytes = field(repr=False)
+    media_type: str
+    extension: str
+
+
+@dataclass(frozen=True)
+class GeneratedJson:
+    """A JSON value from the model."""
+
+    value: JsonValue
+
+
+GeneratedOutput = GeneratedImage | GeneratedText | GeneratedFile | GeneratedJson
 
 
 @dataclass(frozen=True)
@@ -61,7 +83,7 @@ class RunnerOutput:
     """Output of one run.
 
     Attributes:
-        outputs: The images or the text; empty if the output was refused.
+        outputs: In the order of the event; empty if the output was refused.
         refused: Whether the safety checker flagged an image and the policy is to fail; then there
             are no outputs.
     """
@@ -75,6 +97,12 @@ class RunnerOutput:
     def images(self) -> tuple[GeneratedImage, ...]:
         """The images among the outputs."""
         return tuple(output for output in self.outputs if isinstance(output, GeneratedImage))
+
+    @property
+    def files(self) -> tuple[GeneratedImage | GeneratedFile, ...]:
+        """The outputs that are stored as files."""
+        kinds = GeneratedImage | GeneratedFile
+        return tuple(output for output in self.outputs if isinstance(output, kinds))
 
     @property
     def text(self) -> GeneratedText | None:

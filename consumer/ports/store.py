@@ -2,9 +2,9 @@
 
 from typing import Protocol
 
-from consumer.ports.media import EncodedImage
+from consumer.ports.media import EncodedFile
 from consumer.ports.unavailable import Unavailable
-from generation_contracts import ImageArtifact
+from generation_contracts import FileArtifact, ImageArtifact, StoredArtifact
 from generation_contracts.artifacts import ImageSource
 
 
@@ -12,15 +12,15 @@ class Artifacts(Protocol):
     """The object store."""
 
     async def store(
-        self, queue: str, request_id: str, index: int, image: EncodedImage
-    ) -> ImageArtifact:
+        self, queue: str, request_id: str, index: int, file: EncodedFile
+    ) -> ImageArtifact | FileArtifact:
         """Store one output under a key that is derived from the request id and the output's bytes.
 
         Raises:
             StoreUnavailable: Not stored within the attempts that the implementation makes.
         """
 
-    async def discard(self, artifact: ImageArtifact) -> None:
+    async def discard(self, artifact: StoredArtifact) -> None:
         """Delete an output that no event refers to, if possible. Never raises."""
 
     async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:

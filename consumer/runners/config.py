@@ -48,6 +48,7 @@ class ModelConfig:
         safety_policy: What happens to a flagged image: published with its flag, published in
             black, or its request fails.
         max_image_pixels: Larger input images are scaled down to this number of pixels.
+        runner: `package.module:Class` of a runner of the operator; empty for the other tasks.
     """
 
     model_id: str = ""
@@ -71,3 +72,4 @@ class ModelConfig:
     safety_threshold: float = SAFETY_THRESHOLD
     safety_policy: SafetyPolicy = "flag"
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    runner: str = ""

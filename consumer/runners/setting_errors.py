@@ -40,6 +40,13 @@ def find_setting_errors(task: Task, config: ModelConfig) -> list[str]:
 
     The lines may contain paths of the settings: they are for the operator.
     """
+    spec = runner_spec(task)
+    if not spec.loads_weights:
+        return [
+            *spec.setting_errors(config),
+            *_device_errors(config),
+            *_weight_errors(task, config),
+        ]
     return [
         *_demonstration_errors(task, config),
         *model_id_errors(config),
@@ -51,6 +58,14 @@ def find_setting_errors(task: Task, config: ModelConfig) -> list[str]:
         *_adapter_errors(config),
         *checker_errors(config),
     ]
+
+
+def _weight_errors(task: Task, config: ModelConfig) -> Iterator[str]:
+    """Yield the settings about weights, for a task that loads none."""
+    known = {"device", *runner_spec(task).settings}
+    others = (each.name for each in fields(ModelConfig) if each.name not in known)
+    if names := in_use(config, others):
+        yield f"{', '.join(names)}: not for MODEL_TYPE={task}"
 
 
 def _demonstration_errors(task: Task, config: ModelConfig) -> Iterator[str]:

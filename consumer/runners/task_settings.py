@@ -1,11 +1,12 @@
 """What a task's runner package says about itself without the import of its libraries."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeAlias
 
 from consumer.ports.model import ModelDescription
+from consumer.runners.config import ModelConfig
 from generation_contracts import TASKS, Request, Task
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ class RunnerSpec:
         is_pipeline: Whether the model is a diffusers pipeline, else a model of transformers.
         smallest: Returns the smallest request that uses all features of a model, and its images.
         sample: Returns a request with all defaults, and its images.
+        loads_weights: Whether it loads a model of diffusers or transformers, which all the other
+            settings of `ModelConfig` are about.
+        setting_errors: Yields what is wrong with settings that only this task has.
         demonstration: Defaults of the demonstration model; None: the task has no such model.
     """
 
@@ -34,7 +38,9 @@ class RunnerSpec:
     is_pipeline: bool
     smallest: Callable[[ModelDescription], TrialInputs]
     sample: Callable[[], TrialInputs]
-    demonstration: Mapping[str, int | float | str] | None = field(default=None)
+    loads_weights: bool = True
+    setting_errors: Callable[[ModelConfig], Iterable[str]] = lambda _: ()
+    demonstration: Mapping[str, int | float | str] | None = None
 
 
 def runner_spec(task: Task) -> RunnerSpec:

@@ -2,8 +2,10 @@
 
 from generation_contracts.artifacts import (
     ArtifactReference,
+    FileArtifact,
     ImageArtifact,
     InlineImage,
+    JsonOutput,
     StoredArtifact,
     TextOutput,
 )
@@ -33,6 +35,7 @@ from generation_contracts.requests import (
 )
 from generation_contracts.subjects import Subjects, UnsafeReplySubject
 from generation_contracts.tasks import TASKS, TaskSpec
+from generation_contracts.tasks.custom import CustomRequest, CustomStep
 from generation_contracts.tasks.image_to_text import ImageToTextRequest, ImageToTextStep
 from generation_contracts.tasks.text_to_image import TextToImageRequest, TextToImageStep
 from generation_contracts.uploads import (
@@ -49,14 +52,18 @@ __all__ = [
     "CancelledEvent",
     "ChainLink",
     "ChainPlace",
+    "CustomRequest",
+    "CustomStep",
     "FailedEvent",
     "Failure",
     "FailureCode",
+    "FileArtifact",
     "ImageArtifact",
     "ImageToTextRequest",
     "ImageToTextStep",
     "InlineImage",
     "InvalidRequest",
+    "JsonOutput",
     "ModelInfo",
     "ProgressEvent",
     "Request",

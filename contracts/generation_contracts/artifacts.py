@@ -2,7 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, Discriminator, Field, StringConstraints, Tag
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    Discriminator,
+    Field,
+    JsonValue,
+    StringConstraints,
+    Tag,
+)
 
 from generation_contracts.base import EventPart, RequestPart, pattern_message
 
@@ -157,6 +165,23 @@ class ImageArtifact(StoredArtifact):
     )
 
 
+class FileArtifact(StoredArtifact):
+    """One generated file of any type in the store.
+
+    `bucket`, `key`, `etag` and `sha256` identify the file. The presigned `url` expires at
+    `url_expires_at`.
+    """
+
+    kind: Literal["file"] = "file"
+
+
+class JsonOutput(EventPart):
+    """One value, inside the event."""
+
+    kind: Literal["json"] = "json"
+    value: JsonValue
+
+
 class TextOutput(EventPart):
     """One generated text, inside the event."""
 
@@ -172,14 +197,18 @@ class TextOutput(EventPart):
     )
 
 
-Output = Annotated[ImageArtifact | TextOutput, Field(discriminator="kind")]
+Output = Annotated[
+    ImageArtifact | FileArtifact | TextOutput | JsonOutput, Field(discriminator="kind")
+]
 
 __all__ = [
     "ArtifactReference",
     "BucketName",
+    "FileArtifact",
     "ImageArtifact",
     "ImageSource",
     "InlineImage",
+    "JsonOutput",
     "ObjectKey",
     "Output",
     "StoredArtifact",

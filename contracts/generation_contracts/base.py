@@ -18,6 +18,7 @@ class Task(StrEnum):
 
     TEXT_TO_IMAGE = "text_to_image"
     IMAGE_TO_TEXT = "image_to_text"
+    CUSTOM = "custom"
 
 
 def pattern_message(text: str) -> WrapValidator:

@@ -8,13 +8,12 @@ import hashlib
 
 from generation_contracts.artifacts import ArtifactReference, ImageArtifact, TextOutput
 from generation_contracts.base import Task
-from generation_contracts.envelope import OUTPUTS, ChainLink, Request, Step
+from generation_contracts.envelope import OUTPUTS, TEXT, ChainLink, Request, Step
 from generation_contracts.events import ChainPlace, SucceededEvent
-from generation_contracts.fields import MAX_BRANCH, MAX_CHAIN, MAX_PROMPT
+from generation_contracts.fields import MAX_BRANCH, MAX_CHAIN
 from generation_contracts.requests import InvalidRequest
 from generation_contracts.tasks import TASKS
 
-TEXT = "$text"
 MAX_BRANCHES = 64  # requests of one step of a chain
 MAX_ID = 64  # characters
 ID_PREFIX = 40  # characters of the chain's id in a step's id that would be longer than MAX_ID
@@ -35,11 +34,13 @@ def check_routing_slip(request: Request) -> None:
         problem = f"the chain would have more than {MAX_CHAIN + 1} steps"
         raise InvalidRequest(f"then: {problem}", ({"field": "then", "problem": problem},))
     for index, step in enumerate(request.then):
-        if TEXT in step.prompt and images:
+        if step.uses_text and images:
             raise _wrong(index, "prompt", f"{TEXT} follows a step that generates images")
-        if step.input_images == OUTPUTS and not images:
+        if step.input_images == OUTPUTS and images == 0:
             raise _wrong(index, "images", f"{OUTPUTS} follows a step that generates a text")
-        if step.splits and images > 1:
+        if step.splits and images is None:
+            raise _wrong(index, "each", "follows a step whose number of images is not known")
+        if step.splits and images is not None and images > 1:
             branches *= images
             longest = _branch(longest, images - 1)
         images = TASKS[Task(step.task)].images_of(step)
@@ -85,18 +86,20 @@ def next_requests(
         for output in result.outputs
         if isinstance(output, ImageArtifact)
     )
-    # Models read far fewer characters, so truncation at the limit of the contract does no harm.
-    prompt = step.prompt.replace(TEXT, texts[0] if texts else "")[:MAX_PROMPT]
-    if not prompt.strip():
-        raise InvalidRequest("prompt: the previous step returned an empty text")
+    try:
+        written = step.with_text(texts[0] if texts else "")
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
     spec = TASKS[Task(step.task)]
     fields = {
         **_parameters(step),
-        "prompt": prompt,
+        **written,
         "deadline": request.deadline,
         "metadata": request.metadata,
         "then": tuple(rest),
     }
+    if step.input_images == OUTPUTS and not images:
+        raise InvalidRequest("images: the previous step returned no image")
     groups = [(image,) for image in images] if step.splits else [images]
     requests = []
     for number, group in enumerate(groups):

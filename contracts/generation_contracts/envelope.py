@@ -1,15 +1,16 @@
 """The envelope of a request, and the steps of its routing slip."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import Field
 
 from generation_contracts.artifacts import ImageSource
 from generation_contracts.base import RequestPart, Task
-from generation_contracts.fields import MAX_CHAIN, Branch, Deadline, Metadata, ModelName
+from generation_contracts.fields import MAX_CHAIN, MAX_PROMPT, Branch, Deadline, Metadata, ModelName
 from generation_contracts.subjects import RequestId, SubjectName
 
 OUTPUTS = "$outputs"
+TEXT = "$text"
 
 
 class Step(RequestPart):
@@ -27,6 +28,23 @@ class Step(RequestPart):
     def input_images(self) -> tuple[ImageSource, ...] | str | None:
         """The input images, `$outputs` for those of the previous step, None for no images."""
         return None
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether the step contains `$text`, the text of the previous step."""
+        return TEXT in self.prompt
+
+    def with_text(self, text: str) -> dict[str, Any]:
+        """Return the fields of the step's request in which `$text` is replaced.
+
+        Raises:
+            ValueError: The result is empty. The text begins with the field.
+        """
+        # Models read far fewer characters, so truncation at the limit of the contract does no harm.
+        prompt = self.prompt.replace(TEXT, text)[:MAX_PROMPT]
+        if not prompt.strip():
+            raise ValueError("prompt: the previous step returned an empty text")
+        return {"prompt": prompt}
 
     @property
     def splits(self) -> bool:

@@ -8,7 +8,7 @@ from generation_contracts.artifacts import ImageSource
 from generation_contracts.base import RequestPart, Task
 from generation_contracts.envelope import OUTPUTS, Request, Step
 
-OutputKind = Literal["image", "text"]
+OutputKind = Literal["image", "text", "file"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,11 @@ class TaskSpec:
         request: The message of a request.
         parameters: The optional fields of the request; a worker's settings may give defaults.
         step: The message of a later step of a routing slip.
-        output: Kind of the outputs; all kinds but `text` are files in the store.
+        output: Kind of the outputs; all kinds but `text` are files in the store. `file` stands for
+            outputs of every kind.
         image_fields: Fields of the request that are input images: one image or a list.
+        standard: Whether every installation has the default queue of the task; the queues of the
+            other tasks are created when they are needed, because each reserves disk space.
         count_field: Field with the number of outputs; None: there is one.
         stream_field: Field that requests the text in progress events; None: there is no text.
         preview_field: Field that requests previews in progress events; None: there are none.
@@ -38,6 +41,7 @@ class TaskSpec:
     step: type[Step]
     output: OutputKind
     image_fields: tuple[str, ...] = ()
+    standard: bool = True
     count_field: str | None = None
     stream_field: str | None = None
     preview_field: str | None = None
@@ -55,10 +59,10 @@ class TaskSpec:
         """Whether the outputs are files in the store."""
         return self.output != "text"
 
-    def images_of(self, part: Request | Step) -> int:
-        """Return the number of images that a request or a step generates."""
+    def images_of(self, part: Request | Step) -> int | None:
+        """Return the number of images that a request or a step generates; None if unknown."""
         if self.output != "image":
-            return 0
+            return None if self.output == "file" else 0
         return 1 if self.count_field is None else int(getattr(part, self.count_field))
 
     def sources(self, part: Request | Step) -> Iterator[tuple[str, ImageSource]]:
