@@ -9,13 +9,11 @@ from nats.errors import Error
 from consumer.bus.connection import Bus, BusUnavailable
 from generation_client import AnyEvent, UnsupportedMessage
 from generation_client.lookup import read_event
-from generation_contracts import Subjects, Task, TerminalEvent
+from generation_contracts import Subjects, TerminalEvent
 
 # Bytes of received events that are not handled yet; nats-py drops events beyond this limit. A
 # dropped result is still in the results stream.
 MAX_PENDING_BYTES = 16 * 2**20
-
-_TASKS = frozenset(Task)
 
 
 class EventFeed:
@@ -25,7 +23,7 @@ class EventFeed:
         bus: A connection.
         subjects: Subjects of the installation.
         is_watched: Returns whether to read the progress events of the request with this id.
-        on_progress: Called with task and id for each progress event, also of unwatched requests.
+        on_progress: Called with queue and id for each progress event, also of unwatched requests.
         on_event: Called with each event and its size in bytes, in the order of publication.
     """
 
@@ -35,7 +33,7 @@ class EventFeed:
         subjects: Subjects,
         *,
         is_watched: Callable[[str], bool],
-        on_progress: Callable[[Task, str], None],
+        on_progress: Callable[[str, str], None],
         on_event: Callable[[AnyEvent, int], None],
     ) -> None:
         self._bus = bus
@@ -59,9 +57,8 @@ class EventFeed:
                 raise BusUnavailable(f"NATS: no events: {type(error).__name__}") from None
 
     async def _take_progress(self, message: Msg) -> None:
-        task, request_id = self._named(message)
-        if task in _TASKS:
-            self._on_progress(Task(task), request_id)
+        queue, request_id = self._named(message)
+        self._on_progress(queue, request_id)
         if self._is_watched(request_id):
             self._take(message, terminal=False)
 
@@ -69,16 +66,14 @@ class EventFeed:
         self._take(message, terminal=True)
 
     def _named(self, message: Msg) -> tuple[str, str]:
-        """Return the task and the request id from the subject."""
-        _, task, request_id = message.subject.removeprefix(self._root).rsplit(".", 2)
-        return task, request_id
+        """Return the queue and the request id from the subject."""
+        _, queue, request_id = message.subject.removeprefix(self._root).rsplit(".", 2)
+        return queue, request_id
 
     def _take(self, message: Msg, *, terminal: bool) -> None:
-        task, request_id = self._named(message)
-        if task not in _TASKS:
-            return
+        queue, request_id = self._named(message)
         # A caller that waits for a result of a later version gets an error from its lookup.
         with suppress(UnsupportedMessage):
-            event = read_event(message.data, Task(task), request_id)
+            event = read_event(message.data, queue, request_id)
             if event is not None and isinstance(event, TerminalEvent) == terminal:
                 self._on_event(event, len(message.data))

@@ -6,11 +6,12 @@ callers cost as much as one.
 In addition to the permissions of a publisher, the user of this connection needs permission to
 publish to:
 
-    $JS.API.STREAM.INFO.<root>_REQUESTS_<TASK>          counts and subjects of queued requests
+    $JS.API.STREAM.LIST                                 names and tasks of all queues
+    $JS.API.STREAM.INFO.<root>_REQUESTS_<QUEUE>         counts and subjects of queued requests
     $JS.API.STREAM.INFO.<root>_RETRIES
     $JS.API.STREAM.INFO.<root>_RESULTS                  subjects of ended requests
-    $JS.API.CONSUMER.INFO.<root>_REQUESTS_<TASK>.<durable>
-    $JS.API.STREAM.MSG.GET.<root>_REQUESTS_<TASK>       the position of one request in its queue
+    $JS.API.CONSUMER.INFO.<root>_REQUESTS_<QUEUE>.<durable>
+    $JS.API.STREAM.MSG.GET.<root>_REQUESTS_<QUEUE>      the position of one request in its queue
     $JS.API.STREAM.MSG.GET.<root>_RETRIES
     $JS.API.STREAM.MSG.GET.<root>_RESULTS
 """
@@ -19,7 +20,7 @@ import asyncio
 import json
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -31,9 +32,11 @@ from pydantic_core import from_json
 from consumer.bus.cached_read import CachedRead
 from consumer.bus.codes import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.bus.queue_directory import QueueDirectory
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.server_texts import is_permission_error
-from generation_contracts import Subjects, Task
+from generation_contracts import Subjects
+from generation_contracts.queues import QueueInfo
 from generation_contracts.subjects import is_request_id
 
 AGE = 1.0  # seconds for which numbers are cached
@@ -41,7 +44,6 @@ LIST_TIMEOUT = 30.0  # seconds; the server needs several for a list of a million
 RECONNECT_TIMEOUT = 2.0  # seconds; a server restart takes less
 MAX_DELETED = 10_000  # deleted messages, up to which their sequences are requested
 MAX_CACHED = 10_000  # requests whose sequences are cached
-_TASKS = frozenset(Task)
 _NOT_FOUND = frozenset({STREAM_NOT_FOUND, CONSUMER_NOT_FOUND})
 
 
@@ -108,26 +110,40 @@ class QueueView:
     Args:
         bus: A connection.
         subjects: Subjects of the installation.
-        durables: Names of the durable consumers, by task.
+        durables: Names of durable consumers that differ from the name of their queue.
+        directory: Lists the queues; by default a new one on the same connection.
     """
 
-    def __init__(self, bus: Bus, subjects: Subjects, durables: Mapping[Task, str]) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        subjects: Subjects,
+        durables: Mapping[str, str],
+        directory: QueueDirectory | None = None,
+    ) -> None:
         self._bus = bus
         self._subjects = subjects
         self._durables = durables
-        self._states = {task: CachedRead(partial(self._read_state, task), age=AGE) for task in Task}
-        self._cache: OrderedDict[tuple[Task, str], _CachedMessage] = OrderedDict()
+        self._directory = directory or QueueDirectory(bus, subjects)
+        self._states: dict[str, CachedRead[QueueState]] = {}
+        self._cache: OrderedDict[tuple[str, str], _CachedMessage] = OrderedDict()
 
-    async def state(self, task: Task) -> QueueState:
+    async def queues(self) -> Mapping[str, QueueInfo]:
+        """Return all queues by name; the last known ones if the server does not answer."""
+        return await self._directory.known()
+
+    async def state(self, queue: str) -> QueueState:
         """Return the numbers of a queue, at most a second old.
 
         Raises:
             BusUnavailable: The server does not answer.
         """
-        return await self._states[task].get()
+        if queue not in self._states:
+            self._states[queue] = CachedRead(partial(self._read_state, queue), age=AGE)
+        return await self._states[queue].get()
 
-    async def unfinished(self) -> Mapping[str, Task]:
-        """Return the ids of all requests that wait or run.
+    async def unfinished(self) -> Mapping[str, str]:
+        """Return the ids of all requests that wait or run, with their queues.
 
         The server needs 2.5 microseconds for each id.
 
@@ -136,16 +152,17 @@ class QueueView:
         """
         subjects = self._subjects
         retries = (subjects.retries_stream, f"{subjects.root}.retry.")
-        requests = [(subjects.requests_stream(task), f"{subjects.root}.request.") for task in Task]
-        found: dict[str, Task] = {}
+        queues = await self.queues()
+        requests = [(subjects.requests_stream(q), f"{subjects.root}.request.") for q in queues]
+        found: dict[str, str] = {}
         # A request may move between the streams during the reads. Reading the retries first and
         # last finds it at least once.
         for stream, prefix in (retries, *requests, retries):
-            found.update(_ids(await self._subjects_of(stream, f"{prefix}>"), prefix))
+            found.update(_ids(await self._subjects_of(stream, f"{prefix}>"), prefix, queues))
         return found
 
-    async def ended(self) -> Mapping[str, Task]:
-        """Return the ids of all requests that have a terminal event.
+    async def ended(self) -> Mapping[str, str]:
+        """Return the ids of all requests that have a terminal event, with their queues.
 
         The server needs 2.5 microseconds for each id, and as much again for each page of 100,000:
         2 seconds for 300,000 results, 25 seconds for a million.
@@ -155,9 +172,9 @@ class QueueView:
         """
         subjects, prefix = self._subjects, f"{self._subjects.root}.result."
         found = await self._subjects_of(subjects.results_stream, f"{prefix}>")
-        return _ids(found, prefix)
+        return _ids(found, prefix, await self.queues())
 
-    async def position(self, task: Task, request_id: str) -> QueuePosition | None:
+    async def position(self, queue: str, request_id: str) -> QueuePosition | None:
         """Find the position of a request that waits or runs.
 
         Returns:
@@ -166,53 +183,53 @@ class QueueView:
         Raises:
             BusUnavailable: The server does not answer.
         """
-        state = await self.state(task)
-        cached = self._cache.get((task, request_id))
+        state = await self.state(queue)
+        cached = self._cache.get((queue, request_id))
         # The cached sequence of an undelivered message is valid; a retry gets a new sequence.
         if cached is None or cached.sequence <= state.delivered:
-            cached = await self._cached_message(task, request_id)
+            cached = await self._cached_message(queue, request_id)
         if cached is not None:
             delivered = cached.sequence <= state.delivered
             return QueuePosition(cached.stored_at, delivered, state.before(cached.sequence))
         last = state.in_flight + state.waiting
-        retry = await self._read_retry(task, request_id)
+        retry = await self._read_retry(queue, request_id)
         if retry is not None:
             return QueuePosition(retry.stored_at, delivered=False, before=last)
         # The request may have moved to the request stream between the two reads.
-        cached = await self._cached_message(task, request_id)
+        cached = await self._cached_message(queue, request_id)
         if cached is None:
             return None
         return QueuePosition(cached.stored_at, delivered=False, before=last)
 
-    async def body(self, task: Task, request_id: str) -> bytes | None:
+    async def body(self, queue: str, request_id: str) -> bytes | None:
         """Read the body of the oldest stored request with an id, or return None.
 
         Raises:
             BusUnavailable: The server does not answer.
         """
-        message = await self._read_queued(task, request_id)
-        message = message or await self._read_retry(task, request_id)
-        message = message or await self._read_queued(task, request_id)
+        message = await self._read_queued(queue, request_id)
+        message = message or await self._read_retry(queue, request_id)
+        message = message or await self._read_queued(queue, request_id)
         return None if message is None else message.body
 
-    async def _cached_message(self, task: Task, request_id: str) -> "_CachedMessage | None":
-        message = await self._read_queued(task, request_id)
+    async def _cached_message(self, queue: str, request_id: str) -> "_CachedMessage | None":
+        message = await self._read_queued(queue, request_id)
         if message is None:
-            self._cache.pop((task, request_id), None)
+            self._cache.pop((queue, request_id), None)
             return None
         cached = _CachedMessage(message.sequence, message.stored_at)
-        self._cache[task, request_id] = cached
+        self._cache[queue, request_id] = cached
         if len(self._cache) > MAX_CACHED:
             self._cache.popitem(last=False)
         return cached
 
-    async def _read_queued(self, task: Task, request_id: str) -> StoredMessage | None:
+    async def _read_queued(self, queue: str, request_id: str) -> StoredMessage | None:
         # The first message of the subject: workers do not run the copies after it.
-        subject = self._subjects.request(task, request_id)
-        return await self._read(self._subjects.requests_stream(task), subject, sequence=1)
+        subject = self._subjects.request(queue, request_id)
+        return await self._read(self._subjects.requests_stream(queue), subject, sequence=1)
 
-    async def _read_retry(self, task: Task, request_id: str) -> StoredMessage | None:
-        subject = self._subjects.retry(task, request_id)
+    async def _read_retry(self, queue: str, request_id: str) -> StoredMessage | None:
+        subject = self._subjects.retry(queue, request_id)
         return await self._read(self._subjects.retries_stream, subject)
 
     async def _read(
@@ -224,11 +241,12 @@ class QueueView:
         except (Error, OSError, TimeoutError) as error:
             raise self._unavailable(f"STREAM.MSG.GET.{stream}", error) from None
 
-    async def _read_state(self, task: Task) -> QueueState:
+    async def _read_state(self, queue: str) -> QueueState:
         subjects = self._subjects
-        stream, retry = subjects.requests_stream(task), subjects.retry(task, "x")[:-1]
+        stream, retry = subjects.requests_stream(queue), subjects.retry(queue, "x")[:-1]
+        durable = self._durables.get(queue, queue)
         consumer, info, retries = await asyncio.gather(
-            self._call(f"CONSUMER.INFO.{stream}.{self._durables[task]}"),
+            self._call(f"CONSUMER.INFO.{stream}.{durable}"),
             self._call(f"STREAM.INFO.{stream}"),
             self._subjects_of(subjects.retries_stream, f"{retry}*"),
         )
@@ -302,11 +320,11 @@ class _CachedMessage:
     stored_at: datetime
 
 
-def _ids(subjects: Mapping[str, int], prefix: str) -> dict[str, Task]:
-    """Return the request ids in the subjects, with their tasks."""
+def _ids(subjects: Mapping[str, int], prefix: str, queues: Collection[str]) -> dict[str, str]:
+    """Return the request ids in the subjects, with their queues."""
     found = {}
     for subject in subjects:
-        task, _, request_id = subject.removeprefix(prefix).partition(".")
-        if task in _TASKS and is_request_id(request_id):
-            found[request_id] = Task(task)
+        queue, _, request_id = subject.removeprefix(prefix).partition(".")
+        if queue in queues and is_request_id(request_id):
+            found[request_id] = queue
     return found

@@ -89,7 +89,8 @@ async def open_gateway(settings: Settings, metrics: GatewayMetrics) -> AsyncIter
         log = EventLog(
             seconds=settings.gateway_events_kept, most_bytes=settings.gateway_events_bytes
         )
-        view = QueueView(bus, settings.subjects, {task: settings.durable(task) for task in Task})
+        durables = {str(task): settings.durable(task) for task in Task}
+        view = QueueView(bus, settings.subjects, durables)
 
         ids = JobList(view)
         limits = Limits(ids.unfinished, input_prefixes=settings.gateway_input_prefixes)
@@ -104,7 +105,7 @@ async def open_gateway(settings: Settings, metrics: GatewayMetrics) -> AsyncIter
                 jobs=jobs,
                 keys=keys,
                 limits=limits,
-                catalogue=Catalogue(partial(worker_metadata, bus)),
+                catalogue=Catalogue(partial(worker_metadata, bus), read_queues=view.queues),
                 metrics=metrics,
             )
         finally:

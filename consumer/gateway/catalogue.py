@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -13,13 +13,16 @@ from consumer.bus.services import Metadata
 from consumer.gateway.errors import ApiError, of_error
 from generation_client import ServiceUnavailable
 from generation_contracts import Task
+from generation_contracts.fields import MAX_MODEL_NAME
+from generation_contracts.queues import QueueInfo, default_queues, is_named
 
 log = structlog.get_logger()
 
 FRESH = 5.0  # seconds for which the workers' replies are used without another request
-MAX_NAME = 200  # characters; a model id is a hub id or the name of a folder
+MAX_NAME = MAX_MODEL_NAME
 
 ReadMetadata = Callable[[], Awaitable[Sequence[Metadata]]]
+ReadQueues = Callable[[], Awaitable[Mapping[str, QueueInfo]]]
 
 
 @dataclass(frozen=True)
@@ -28,51 +31,73 @@ class Model:
 
     Attributes:
         name: The id in `/v1/models`.
-        task: The task of the model, which is also its queue.
+        task: The task of the model.
         created: Unix time in seconds at which this gateway first saw the model.
         is_loaded: Whether a worker serves the model now.
+        queue: The queue of the model.
     """
 
     name: str
     task: Task
     created: int
     is_loaded: bool
+    queue: str
+
+
+async def _only_default_queues() -> Mapping[str, QueueInfo]:
+    return default_queues()
 
 
 class Catalogue:
-    """The models of all workers.
+    """The models of all queues, as their streams declare them and as workers report them.
 
-    A model remains known while no worker of its task replies: workers may be scaled to zero, and
-    requests wait in the queue. While no model of a task has been seen, any name is accepted for
-    the task, because the queued request starts the first worker.
+    A model remains known while no worker of its queue replies: workers may be scaled to zero, and
+    requests wait in the queue. While no model of a default queue has been seen or declared, any
+    name is accepted for its task, because the queued request starts the first worker.
 
     Args:
         read_metadata: Returns the metadata of all workers; raises BusUnavailable.
         now: The clock, in seconds.
+        read_queues: Returns all queues by name.
     """
 
     def __init__(
-        self, read_metadata: ReadMetadata, now: Callable[[], float] = time.monotonic
+        self,
+        read_metadata: ReadMetadata,
+        now: Callable[[], float] = time.monotonic,
+        read_queues: ReadQueues = _only_default_queues,
     ) -> None:
         self._read_metadata = read_metadata
         self._now = now
-        self._models: dict[tuple[Task, str], Model] = {}
+        self._read_queues = read_queues
+        self._queues: Mapping[str, QueueInfo] = default_queues()
+        self._models: dict[tuple[str, str], Model] = {}  # by queue and name
         self._read_at: float | None = None
         self._succeeded = False  # whether the last read succeeded
         self._reading: asyncio.Task[None] | None = None
 
     async def models(self) -> list[Model]:
-        """List the models of all tasks."""
+        """List the models of all queues, the default queues first."""
         if not self._is_fresh:
             await self._refresh()
-        return [model for task in Task for model in self._of(task)]
+        return [model for queue in self._queues.values() for model in self._of(queue)]
+
+    async def queues(self) -> list[tuple[QueueInfo, Model]]:
+        """List all queues, each with its model."""
+        if not self._is_fresh:
+            await self._refresh()
+        return [(queue, self._of(queue)[0]) for queue in self._queues.values()]
 
     async def name_of(self, name: str | None, task: Task) -> str:
-        """Resolve the model name of a request.
+        """Resolve the model name of a request; see `find`."""
+        return (await self.find(name, task)).name
+
+    async def find(self, name: str | None, task: Task) -> Model:
+        """Find the model of a request.
 
         Args:
-            name: The id of a model, the last part of the id, or the name of the task. None and an
-                empty string mean the only model of the task.
+            name: The id of a model, the last part of the id, the name of a queue or of the task.
+                None and an empty string mean the model of the default queue.
             task: The task of the endpoint.
 
         Raises:
@@ -102,37 +127,46 @@ class Catalogue:
     def _is_fresh(self) -> bool:
         return self._read_at is not None and self._now() - self._read_at < FRESH
 
-    def _of(self, task: Task) -> list[Model]:
-        seen = [model for model in self._models.values() if model.task == task]
+    def _of(self, queue: QueueInfo) -> list[Model]:
+        """Return the models of a queue: declared, loaded, seen before, or named like the queue."""
+        seen = [model for model in self._models.values() if model.queue == queue.name]
         loaded = [model for model in seen if model.is_loaded]
-        return loaded or seen or [Model(str(task), task, int(time.time()), is_loaded=False)]
+        if queue.model is not None and not (queue.is_default and seen):
+            return [_model(queue, queue.model, is_loaded=bool(loaded))]
+        return loaded or seen or [_model(queue, queue.name, is_loaded=False)]
 
-    def _find(self, name: str | None, task: Task) -> str | None:
+    def _find(self, name: str | None, task: Task) -> Model | None:
         if self._read_at is None:
             return None
-        models = self._of(task)
+        default = self._queues.get(str(task), QueueInfo(str(task), task))
         if not name or name == task:
-            return models[0].name
-        names = [model.name for model in models]
-        if name in names:
-            return name
-        if self._succeeded and not self._is_seen(task, name):
-            return name
-        last_parts = {each.rpartition("/")[2].lower(): each for each in reversed(names)}
-        return last_parts.get(name.lower())
+            return self._of(default)[0]
+        if name in self._queues and self._queues[name].task == task:
+            return self._of(self._queues[name])[0]
+        queues = [default, *(q for q in self._queues.values() if q.task == task and q != default)]
+        models = [model for queue in queues for model in self._of(queue)]
+        exact = (model for model in models if model.name == name)
+        close = (model for model in models if is_named(name, [model.name]))
+        found = next(exact, None) or next(close, None)
+        if found is None and self._succeeded and default.model is None:
+            accepts_any = not self._is_seen(task, name)
+            return _model(default, name, is_loaded=False) if accepts_any else None
+        return found
 
     def _is_seen(self, task: Task, name: str) -> bool:
-        """Return whether a task has a known model, or another task uses the name."""
-        others = {model.name for model in self._models.values()} | set(Task)
-        return name in others or any(model.task == task for model in self._models.values())
+        """Return whether a default queue has a known model, or another queue uses the name."""
+        declared = {queue.model for queue in self._queues.values()}
+        others = {model.name for model in self._models.values()} | declared | set(Task)
+        return name in others or any(queue == task for queue, _ in self._models)
 
     def _refresh(self) -> "asyncio.Task[None]":
-        """Start to read the workers' metadata, or return the task that is reading it."""
+        """Start to read the queues and the workers' metadata, or return the task that reads."""
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read(), name="catalogue")
         return self._reading
 
     async def _read(self) -> None:
+        self._queues = await self._read_queues()
         try:
             replies = await self._read_metadata()
         except BusUnavailable as error:
@@ -141,23 +175,32 @@ class Catalogue:
             self._succeeded = False
         else:
             self._succeeded = True
-        loaded = set(_model_names(replies))
+        loaded = dict(_loaded(replies))
+        tasks = {key: model.task for key, model in self._models.items()} | loaded
+        served = {queue for queue, _ in loaded}
+        known = {key for key in self._models if key[0] not in served} | loaded.keys()
         created = {key: model.created for key, model in self._models.items()}
+        now = int(time.time())
         self._models = {
-            (task, name): Model(
-                name, task, created.get((task, name), int(time.time())), (task, name) in loaded
+            (queue, name): Model(
+                name,
+                tasks[queue, name],
+                created.get((queue, name), now),
+                (queue, name) in loaded,
+                queue,
             )
-            for task, name in sorted(loaded | self._still_known(loaded))
+            for queue, name in sorted(known)
         }
         self._read_at = self._now()
 
-    def _still_known(self, loaded: set[tuple[Task, str]]) -> set[tuple[Task, str]]:
-        served = {task for task, _ in loaded}
-        return {key for key in self._models if key[0] not in served}
+
+def _model(queue: QueueInfo, name: str, *, is_loaded: bool) -> Model:
+    return Model(name, queue.task, int(time.time()), is_loaded, queue.name)
 
 
-def _model_names(replies: Iterable[Metadata]) -> Iterable[tuple[Task, str]]:
+def _loaded(replies: Iterable[Metadata]) -> Iterable[tuple[tuple[str, str], Task]]:
+    """Yield the queue, the name and the task of each model that a worker reports."""
     for metadata in replies:
         task, name = metadata.get("task"), metadata.get("id", "")
         if task in set(Task) and 0 < len(name) <= MAX_NAME and name.isprintable():
-            yield Task(task), name
+            yield (metadata.get("queue", str(task)), name), Task(task)

@@ -14,12 +14,13 @@ from consumer.gateway.errors import ApiError
 from consumer.gateway.waiting import Call, SenderPart
 from generation_contracts import ImageArtifact, SucceededEvent, Task, TextOutput
 from generation_contracts import Request as GenerationRequest
-from generation_contracts.fields import Metadata, Prompt
+from generation_contracts.fields import Metadata, ModelName, Prompt
 from generation_contracts.tasks.image_to_text import ImageToTextParameters
 from generation_contracts.tasks.text_to_image import TextToImageParameters
 
 TEXT_TO_IMAGE = f"{UNION_TAG}text2image"
 IMAGE_TO_TEXT = f"{UNION_TAG}image2text"
+MODEL = "id of a model or name of a queue; absent: the default queue"
 _URL = re.compile(r"(data|https?):", re.ASCII)
 
 router = APIRouter(tags=["infer"])
@@ -32,6 +33,7 @@ class TextToImageBody(TextToImageParameters):
 
     model_type: Literal["text2image", "text_to_image"] = "text2image"
     prompt: Prompt
+    model: ModelName | None = Field(default=None, description=MODEL)
     metadata: Metadata = Field(default_factory=dict)
 
 
@@ -46,6 +48,7 @@ class ImageToTextBody(ImageToTextParameters):
     images: list[str] | None = Field(
         default=None, description="base64, `data:` URLs, or `https://` URLs as the worker allows"
     )
+    model: ModelName | None = Field(default=None, description=MODEL)
     metadata: Metadata = Field(default_factory=dict)
 
     @property

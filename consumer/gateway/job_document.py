@@ -11,6 +11,7 @@ from consumer.gateway.errors import of_failure
 from consumer.gateway.job_view import JobView, Numbers, State
 from generation_client import AnyEvent
 from generation_contracts import FailedEvent, ProgressEvent, Task, encode
+from generation_contracts.queues import QueueInfo
 
 
 class Progress(BaseModel):
@@ -36,6 +37,7 @@ class JobDocument(BaseModel):
     id: str
     object: Literal["job"] = "job"
     task: Task
+    queue: str = Field(description="the name of the task, or of another queue of the task")
     state: State
     created: datetime | None
     position: int | None = Field(description="most requests before it in the queue")
@@ -62,10 +64,12 @@ class JobListDocument(BaseModel):
     next: str | None = Field(description="`after` of the next page")
 
 
-class QueueOfTask(BaseModel):
+class OneQueue(BaseModel):
     """One queue."""
 
     task: Task
+    queue: str
+    model: str = Field(description="the id in `/v1/models`")
     waiting: int
     running: int
     pace_seconds: float | None = Field(
@@ -77,7 +81,8 @@ class QueueDocument(BaseModel):
     """The queues; with API keys, only the jobs of the caller's tenant."""
 
     object: Literal["queue"] = "queue"
-    tasks: Sequence[QueueOfTask]
+    tasks: Sequence[OneQueue] = Field(description="the default queue of each task")
+    queues: Sequence[OneQueue] = Field(description="all queues")
 
 
 def job_document(view: JobView) -> JobDocument:
@@ -87,6 +92,7 @@ def job_document(view: JobView) -> JobDocument:
     return JobDocument(
         id=view.job.id,
         task=view.job.task,
+        queue=view.job.queue,
         state=view.state,
         created=view.created,
         position=view.position,
@@ -101,10 +107,12 @@ def job_document(view: JobView) -> JobDocument:
     )
 
 
-def queue_of_task(task: Task, numbers: Numbers) -> QueueOfTask:
+def one_queue(queue: QueueInfo, model: str, numbers: Numbers) -> OneQueue:
     """Return the document of a queue."""
-    return QueueOfTask(
-        task=task,
+    return OneQueue(
+        task=queue.task,
+        queue=queue.name,
+        model=model,
         waiting=numbers.waiting,
         running=numbers.running,
         pace_seconds=numbers.pace,

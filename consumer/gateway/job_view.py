@@ -20,10 +20,12 @@ class Job:
         digest: Digest of the request; "" if this gateway does not know it.
         body_digest: Digest of the bytes, which a worker reports for a request it cannot decode.
         is_new: Whether this gateway has just queued the request, so that it has no result yet.
+        queue: The queue of the request.
     """
 
     id: str
     task: Task
+    queue: str
     digest: str = ""
     body_digest: str = ""
     is_new: bool = False
@@ -55,7 +57,7 @@ class JobView:
     @classmethod
     def of_result(cls, event: ResultEvent) -> "JobView":
         """Return the view of a job that has ended."""
-        job = Job(event.request_id, event.task, event.request_digest)
+        job = Job(event.request_id, event.task, event.queue_name, event.request_digest)
         state: State = "cancelled"
         if isinstance(event, SucceededEvent):
             state = "succeeded"
@@ -66,7 +68,7 @@ class JobView:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of queued and running jobs of a task.
+    """The numbers of queued and running jobs of a queue.
 
     Attributes:
         pace: Seconds from one result to the next; None before the first measurement.

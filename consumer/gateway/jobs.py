@@ -55,7 +55,7 @@ MOST_ABANDONED = 10_000  # abandoned jobs whose cancellation is pending
 CANCELLATIONS = 32  # concurrent cancellations of abandoned jobs
 CLOSE_WITHIN = 5.0  # seconds for pending cancellations at shutdown
 DOWNLOADS = 16  # concurrent downloads, each with its file in memory
-RECENT = 10_000  # jobs whose tasks are cached
+RECENT = 10_000  # jobs whose queues are cached
 
 
 class Jobs:
@@ -99,10 +99,10 @@ class Jobs:
             wait=timedelta(seconds=settings.gateway_wait),
         )
         self._wait = settings.gateway_wait
-        self._pages = JobPages(ids, self._read_view)
+        self._pages = JobPages(ids, self._read_view, view.queues)
         self._pace = Pace()
         self._runs = Runs()
-        self._tasks: OrderedDict[str, Task] = OrderedDict()
+        self._queues: OrderedDict[str, str] = OrderedDict()
         self._downloads = asyncio.Semaphore(DOWNLOADS)
         self._cancellations = asyncio.Semaphore(CANCELLATIONS)
         self._abandoning: set[asyncio.Task[None]] = set()
@@ -135,6 +135,7 @@ class Jobs:
         caller: Caller,
         request: Request,
         *,
+        queue: str | None = None,
         idempotency_key: str | None = None,
         wait: bool = True,
     ) -> Job:
@@ -145,6 +146,7 @@ class Jobs:
         Args:
             caller: The sender of the request.
             request: The request, without an id.
+            queue: The queue for the request; None: the default queue of its task.
             idempotency_key: The caller's key, if any.
             wait: Whether the caller waits for the result: the request then gets a deadline.
 
@@ -152,8 +154,11 @@ class Jobs:
             InvalidRequest: A step of the chain cannot follow the step before it.
             ApiError: 400, 413, 422 (the key was used for another request), 429 or 503.
         """
-        job = await self._submission.submit(caller, request, key=idempotency_key, wait=wait)
-        self._remember(job.id, job.task)
+        queue = queue or str(request.task)
+        job = await self._submission.submit(
+            caller, request, queue=queue, key=idempotency_key, wait=wait
+        )
+        self._remember(job.id, job.queue)
         return job
 
     async def events(
@@ -173,7 +178,7 @@ class Jobs:
         async def read_result() -> AnyEvent | None:
             nonlocal unavailable_since
             try:
-                found = await self._results.read(job.task, job.id)
+                found = await self._results.read(job.queue, job.id)
             except ServiceUnavailable:
                 now = time.monotonic()
                 unavailable_since = unavailable_since or now
@@ -218,12 +223,13 @@ class Jobs:
         """
         if not caller.tenant.owns(job_id):
             raise not_found()
-        tasks = [self._tasks[job_id]] if job_id in self._tasks else list(Task)
+        known = self._queues.get(job_id)
         with as_api_errors():
-            view = await self._read_view(job_id, *tasks)
+            queues = await self._view.queues() if known is None else (known,)
+            view = await self._read_view(job_id, *queues)
         if view is None:
             raise not_found()
-        self._remember(job_id, view.job.task)
+        self._remember(job_id, view.job.queue)
         return view
 
     async def view(self, job: Job) -> JobView:
@@ -234,8 +240,8 @@ class Jobs:
         """
         with as_api_errors():
             # A job that has just been queued rarely has a result, so the queue is read first.
-            view = await self._unfinished(job.id, job.task) if job.is_new else None
-            view = view or await self._read_view(job.id, job.task)
+            view = await self._unfinished(job.id, job.queue) if job.is_new else None
+            view = view or await self._read_view(job.id, job.queue)
         if view is None:
             raise not_found()
         return view
@@ -246,6 +252,7 @@ class Jobs:
         *,
         states: Collection[State] = (),
         task: Task | None = None,
+        queue: str | None = None,
         limit: int = 20,
         after: str | None = None,
     ) -> Page:
@@ -255,6 +262,7 @@ class Jobs:
             caller: The owner of the jobs.
             states: Only jobs in one of these states; empty: all jobs.
             task: Only jobs of this task.
+            queue: Only jobs of this queue.
             limit: Largest number of jobs.
             after: Id of the last job of the previous page; None starts with the newest job.
 
@@ -263,7 +271,7 @@ class Jobs:
         """
         with as_api_errors():
             return await self._pages.page(
-                caller.tenant, states=states, task=task, limit=limit, after=after
+                caller.tenant, states=states, task=task, queue=queue, limit=limit, after=after
             )
 
     async def waiting(self, job: Job) -> JobView | None:
@@ -273,29 +281,30 @@ class Jobs:
             ApiError: 503.
         """
         with as_api_errors():
-            view = await self._unfinished(job.id, job.task)
+            view = await self._unfinished(job.id, job.queue)
         return view if view is not None and view.state == "queued" else None
 
-    async def numbers(self, caller: Caller) -> dict[Task, Numbers]:
-        """Count queued and running jobs: of the caller's tenant, or without keys all jobs.
+    async def numbers(self, caller: Caller) -> dict[str, Numbers]:
+        """Count queued and running jobs by queue: of the caller's tenant, or without keys all jobs.
 
         Raises:
             ApiError: 503.
         """
         with as_api_errors():
+            queues = await self._view.queues()
             if caller.key_id:
                 own = await self._ids.unfinished(caller.tenant)
                 all_of = Counter(own.values())
-                running = Counter(task for id_, task in own.items() if self._runs.has(task, id_))
+                running = Counter(queue for id_, queue in own.items() if self._runs.has(queue, id_))
             else:
-                states = {task: await self._view.state(task) for task in Task}
-                all_of = Counter({t: s.waiting + s.in_flight for t, s in states.items()})
+                states = {queue: await self._view.state(queue) for queue in queues}
+                all_of = Counter({q: s.waiting + s.in_flight for q, s in states.items()})
                 running = Counter(
-                    {t: min(s.in_flight, self._runs.count(t)) for t, s in states.items()}
+                    {q: min(s.in_flight, self._runs.count(q)) for q, s in states.items()}
                 )
         return {
-            task: Numbers(all_of[task] - running[task], running[task], self._pace.seconds(task))
-            for task in Task
+            name: Numbers(all_of[name] - running[name], running[name], self._pace.seconds(name))
+            for name in queues
         }
 
     async def cancel(self, caller: Caller, job_id: str) -> JobView:
@@ -353,32 +362,33 @@ class Jobs:
     def _receive(self, event: AnyEvent, size: int) -> None:
         self._pace.add(event)
         if isinstance(event, TerminalEvent):
-            self._runs.remove(event.task, event.request_id)
+            self._runs.remove(event.queue_name, event.request_id)
         if tag_of(event.request_id) is None:
             return
         self._events.add(event, size)
         if isinstance(event, TerminalEvent):
             self._limits.ended(event.request_id)
-            self._ids.add_ended(event.request_id, event.task)
+            self._ids.add_ended(event.request_id, event.queue_name)
 
-    async def _read_view(self, job_id: str, *tasks: Task) -> JobView | None:
-        """Return the view of a job of one of these tasks; None if the job does not exist."""
-        view = await self._ended(job_id, *tasks)
-        view = view or await self._unfinished(job_id, *tasks)
+    async def _read_view(self, job_id: str, *queues: str) -> JobView | None:
+        """Return the view of a job of one of these queues; None if the job does not exist."""
+        view = await self._ended(job_id, *queues)
+        view = view or await self._unfinished(job_id, *queues)
         # The job may have ended between the two reads.
-        return view or await self._ended(job_id, *tasks)
+        return view or await self._ended(job_id, *queues)
 
-    async def _ended(self, job_id: str, *tasks: Task) -> JobView | None:
+    async def _ended(self, job_id: str, *queues: str) -> JobView | None:
         event = self._events.latest(job_id)
         if not isinstance(event, ResultEvent):
-            event = await self._results.find(job_id, *tasks)
+            event = await self._results.find(job_id, *queues)
         return None if event is None else JobView.of_result(event)
 
-    async def _unfinished(self, job_id: str, *tasks: Task) -> JobView | None:
-        for task in tasks:
-            place = await self._view.position(task, job_id)
+    async def _unfinished(self, job_id: str, *queues: str) -> JobView | None:
+        known = await self._view.queues()
+        for queue in filter(known.__contains__, queues):
+            place = await self._view.position(queue, job_id)
             if place is not None:
-                return self._view_of(Job(job_id, task), place)
+                return self._view_of(Job(job_id, known[queue].task, queue), place)
         return None
 
     def _view_of(self, job: Job, place: QueuePosition) -> JobView:
@@ -390,10 +400,10 @@ class Jobs:
             last_event=self._events.latest(job.id),
         )
         # A worker may have prefetched the job. A retry is not delivered before its attempt.
-        if place.delivered and self._runs.has(job.task, job.id):
+        if place.delivered and self._runs.has(job.queue, job.id):
             return view
-        position = max(0, place.before - self._runs.count(job.task))
-        seconds = self._pace.until_start(job.task, position)
+        position = max(0, place.before - self._runs.count(job.queue))
+        seconds = self._pace.until_start(job.queue, position)
         start = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
         return replace(view, state="queued", position=position, estimated_start=start)
 
@@ -416,11 +426,11 @@ class Jobs:
                 log.info("job_abandoned", job=job_id, status=reply.status)
                 return
 
-    def _remember(self, job_id: str, task: Task) -> None:
-        self._tasks[job_id] = task
-        self._tasks.move_to_end(job_id)
-        if len(self._tasks) > RECENT:
-            self._tasks.popitem(last=False)
+    def _remember(self, job_id: str, queue: str) -> None:
+        self._queues[job_id] = queue
+        self._queues.move_to_end(job_id)
+        if len(self._queues) > RECENT:
+            self._queues.popitem(last=False)
 
 
 def _continues(event: ResultEvent) -> bool:

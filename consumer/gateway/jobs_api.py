@@ -22,7 +22,7 @@ from consumer.gateway.job_document import (
     QueueDocument,
     job_address,
     job_document,
-    queue_of_task,
+    one_queue,
 )
 from consumer.gateway.job_stream import job_messages
 from consumer.gateway.job_view import JobView, State
@@ -34,8 +34,8 @@ from consumer.gateway.waiting import SenderPart
 from generation_contracts import JsonOutput, StoredArtifact, SucceededEvent, Task
 from generation_contracts import Request as GenerationRequest
 from generation_contracts.base import RequestPart, pattern_message
-from generation_contracts.fields import MAX_CHAIN, Deadline, Metadata
-from generation_contracts.subjects import RequestId
+from generation_contracts.fields import MAX_CHAIN, Deadline, Metadata, ModelName
+from generation_contracts.subjects import QueueName, RequestId
 from generation_contracts.tasks import NEXT_STEP, TASKS, TaskSpec
 
 MAX_PAGE = 100  # jobs
@@ -62,6 +62,9 @@ class _JobFields(RequestPart):
     deadline: Deadline | None = Field(
         default=None,
         description="a job that has not ended by then fails with `deadline_exceeded`",
+    )
+    model: ModelName | None = Field(
+        default=None, description="id of a model or name of a queue; absent: the default queue"
     )
     metadata: Metadata = Field(
         default_factory=dict, description="values of the sender, echoed in every event"
@@ -120,6 +123,7 @@ class JobFilter(BaseModel):
 
     state: list[State] = Field(default_factory=list, description="repeatable")
     task: Task | None = None
+    queue: QueueName | None = None
     limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 20
     after: RequestId | None = Field(default=None, description="`next` of the page before")
 
@@ -149,6 +153,7 @@ async def list_jobs(
         caller,
         states=query.state,
         task=query.task,
+        queue=query.queue,
         limit=query.limit,
         after=query.after,
     )
@@ -254,7 +259,14 @@ async def read_output(
 async def get_queues(gateway: GatewayPart, caller: Authenticated) -> QueueDocument:
     """Return the numbers of queued and running jobs; with API keys, only of the tenant."""
     numbers = await gateway.jobs.numbers(caller)
-    return QueueDocument(tasks=[queue_of_task(task, numbers[task]) for task in Task])
+    models = {queue.name: (queue, model) for queue, model in await gateway.catalogue.queues()}
+    queues = [
+        one_queue(queue, model.name, numbers[name])
+        for name, (queue, model) in models.items()
+        if name in numbers
+    ]
+    default = [queue for queue in queues if queue.queue == queue.task]
+    return QueueDocument(tasks=default, queues=queues)
 
 
 def _number(text: str) -> int | float:

@@ -74,6 +74,7 @@ async def complete_chat(sender: SenderPart, parameters: ChatParameters) -> Respo
     sender.require_room(sum(len(url) for url in parameters.messages[-1].images))
     request = parameters.to_request(drawn_seed=_seed(sender.preferences.idempotency_key))
     model = await sender.gateway.catalogue.name_of(parameters.model, Task.IMAGE_TO_TEXT)
+    request = await sender.with_model(request, parameters.model)
     try:
         call = await sender.submit(request)
         if sender.preferences.respond_async:

@@ -19,7 +19,6 @@ from generation_contracts import (
     ImageArtifact,
     ProgressEvent,
     SucceededEvent,
-    Task,
     TextToImageRequest,
 )
 
@@ -99,7 +98,7 @@ async def answer(
     Raises:
         ApiError: `param` is the name of OpenAI's parameter.
     """
-    await sender.gateway.catalogue.name_of(parameters.model, Task.TEXT_TO_IMAGE)
+    request = await sender.with_model(request, parameters.model)
     try:
         call = await sender.submit(request)
         if sender.preferences.respond_async:

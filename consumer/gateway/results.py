@@ -12,7 +12,7 @@ from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.gateway.errors import ApiError, of_error
 from generation_client import GenerationClient, GenerationError, ServiceUnavailable
 from generation_client.lookup import ResultEvent
-from generation_contracts import StoredArtifact, Task
+from generation_contracts import StoredArtifact
 
 log = structlog.get_logger()
 
@@ -33,7 +33,7 @@ class Results:
         self._client = client
         self._lookups = asyncio.Semaphore(LOOKUPS)
 
-    async def read(self, task: Task, request_id: str) -> ResultEvent | None:
+    async def read(self, queue: str, request_id: str) -> ResultEvent | None:
         """Read the terminal event of a request; return None if there is none yet.
 
         Raises:
@@ -44,17 +44,17 @@ class Results:
         async with self._lookups:
             try:
                 async with self._bus.api_call(API_TIMEOUT):
-                    return await self._stored(task, request_id)
+                    return await self._stored(queue, request_id)
             except TimeoutError:
                 raise ServiceUnavailable("NATS: no reply from the results stream") from None
 
-    async def find(self, request_id: str, *tasks: Task) -> ResultEvent | None:
-        """Read the terminal event of a request of one of these tasks, by default of any task.
+    async def find(self, request_id: str, *queues: str) -> ResultEvent | None:
+        """Read the terminal event of a request of one of these queues.
 
         Raises:
             ServiceUnavailable, UnsupportedMessage: See `read`.
         """
-        found = await asyncio.gather(*(self.read(task, request_id) for task in tasks or Task))
+        found = await asyncio.gather(*(self.read(queue, request_id) for queue in queues))
         return next((event for event in found if event is not None), None)
 
     async def _reconnected(self) -> None:
@@ -66,9 +66,9 @@ class Results:
         except (TimeoutError, BusUnavailable):
             raise ServiceUnavailable("NATS: not connected") from None
 
-    async def _stored(self, task: Task, request_id: str) -> ResultEvent | None:
+    async def _stored(self, queue: str, request_id: str) -> ResultEvent | None:
         try:
-            return await self._client.result(task, request_id, within=0)
+            return await self._client.result(queue, request_id, within=0)
         except TimeoutError:
             return None
 

@@ -8,8 +8,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from generation_contracts import Task
-
 FRESH = 60.0  # seconds after its last event for which a run is counted; its attempt may have ended
 MOST = 10_000  # runs in memory, and as many ended runs
 
@@ -24,34 +22,34 @@ class Runs:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         # The time of the last event of each run, in order.
-        self._last_events: OrderedDict[tuple[Task, str], float] = OrderedDict()
-        self._ended: OrderedDict[tuple[Task, str], float] = OrderedDict()
+        self._last_events: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._ended: OrderedDict[tuple[str, str], float] = OrderedDict()
 
-    def add(self, task: Task, request_id: str) -> None:
+    def add(self, queue: str, request_id: str) -> None:
         """Record an event of a running request."""
         # Progress and results have separate subscriptions, so progress may follow the result.
-        if (task, request_id) not in self._ended:
-            self._note(self._last_events, (task, request_id))
+        if (queue, request_id) not in self._ended:
+            self._note(self._last_events, (queue, request_id))
 
-    def remove(self, task: Task, request_id: str) -> None:
+    def remove(self, queue: str, request_id: str) -> None:
         """Record that a request has ended."""
-        self._last_events.pop((task, request_id), None)
-        self._note(self._ended, (task, request_id))
+        self._last_events.pop((queue, request_id), None)
+        self._note(self._ended, (queue, request_id))
 
-    def has(self, task: Task, request_id: str) -> bool:
+    def has(self, queue: str, request_id: str) -> bool:
         """Return whether a request has started to run and has not ended."""
-        return (task, request_id) in self._last_events
+        return (queue, request_id) in self._last_events
 
-    def count(self, task: Task) -> int:
-        """Count the running requests of a task."""
+    def count(self, queue: str) -> int:
+        """Count the running requests of a queue."""
         oldest, found = self._now() - FRESH, 0
         for (of, _), last_event in reversed(self._last_events.items()):
             if last_event < oldest:
                 break
-            found += of == task
+            found += of == queue
         return found
 
-    def _note(self, times: OrderedDict[tuple[Task, str], float], key: tuple[Task, str]) -> None:
+    def _note(self, times: OrderedDict[tuple[str, str], float], key: tuple[str, str]) -> None:
         times[key] = self._now()
         times.move_to_end(key)
         if len(times) > MOST:

@@ -91,12 +91,15 @@ class Submission:
         self._wait = wait
         self._secret = secrets.token_bytes(32)
 
-    async def submit(self, caller: Caller, request: Request, *, key: str | None, wait: bool) -> Job:
+    async def submit(
+        self, caller: Caller, request: Request, *, queue: str, key: str | None, wait: bool
+    ) -> Job:
         """Queue a request, or find the request that was queued with the same key.
 
         Args:
             caller: The sender of the request.
             request: The request, without an id.
+            queue: The queue for the request.
             key: The caller's idempotency key.
             wait: Whether the caller waits for the result: the request then gets a deadline.
 
@@ -110,15 +113,16 @@ class Submission:
             update={"request_id": request_id, "deadline": self._deadline(request, wait=wait)}
         )
         digests = request_digest(request), digest_of_bytes(encode(request))
-        job = Job(request_id, task_of(request), *digests)
+        job = Job(request_id, task_of(request), queue, *digests)
         if key is not None and await self._exists(job):
             return job
         with as_api_errors():
             await self._limits.admit(caller, request)
-        self._ids.add_submitted(job.id, job.task)
+        self._ids.add_submitted(job.id, job.queue)
         try:
             with as_api_errors():
-                await self._publish(request, self._message_id(caller.tenant, job, request, key))
+                message = self._message_id(caller.tenant, job, request, key)
+                await self._publish(queue, request, message)
         except BaseException:
             self._limits.ended(request_id)
             self._ids.remove(request_id)
@@ -138,9 +142,9 @@ class Submission:
         id, although their deadlines differ.
         """
         if key is None:
-            return message_id(self._secret, job.task, request)
+            return message_id(self._secret, job.queue, request)
         without_deadline = request.model_copy(update={"deadline": None})
-        return message_id(tenant.secret, job.task, without_deadline)
+        return message_id(tenant.secret, job.queue, without_deadline)
 
     async def _exists(self, job: Job) -> bool:
         """Return whether a request with this id is queued, is running or has ended.
@@ -158,17 +162,17 @@ class Submission:
 
     async def _known_digest(self, request_id: str) -> str | None:
         digest = await self._digest_of_result(request_id)
-        for task in Task:
+        for queue in (await self._view.queues()).values():
             if digest is None:
-                body = await self._view.body(task, request_id)
-                digest = None if body is None else _digest(task, body)
+                body = await self._view.body(queue.name, request_id)
+                digest = None if body is None else _digest(queue.task, body)
         return digest
 
     async def _digest_of_result(self, request_id: str) -> str | None:
-        event = await self._results.find(request_id)
+        event = await self._results.find(request_id, *await self._view.queues())
         return None if event is None else event.request_digest
 
-    async def _publish(self, request: Request, message: str) -> None:
+    async def _publish(self, queue: str, request: Request, message: str) -> None:
         """Store a request; repeat a publish without an acknowledgement under the same message id.
 
         Raises:
@@ -183,7 +187,7 @@ class Submission:
                     return await submit(
                         self._bus.client,
                         self._subjects,
-                        task_of(request),
+                        queue,
                         request,
                         headers={MESSAGE_ID: message},
                     )

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Request
 from fastapi.responses import JSONResponse
@@ -20,8 +20,10 @@ from consumer.gateway.keys import Authenticated
 from consumer.gateway.sse import disconnected
 from consumer.gateway.tenants import Caller
 from generation_client import AnyEvent, RequestCancelled, RequestTooLarge
-from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent
+from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent, Task
 from generation_contracts import Request as GenerationRequest
+
+R = TypeVar("R", bound=GenerationRequest)
 
 MAX_KEY = 255  # characters of an idempotency key
 MARGIN = 5.0  # seconds after the deadline in which the worker's failed event may arrive
@@ -87,11 +89,43 @@ class Sender:
         job = await self.gateway.jobs.submit(
             self.caller,
             request,
+            queue=await self._queue_of(request),
             idempotency_key=self.preferences.idempotency_key,
             wait=waits and not self.preferences.respond_async,
         )
         note_job(self.http, job)
         return Call(self, job)
+
+    async def with_model(self, request: R, name: str | None) -> R:
+        """Return a request for the model that a caller has named.
+
+        The default queue takes the request without a name: its workers may be of an earlier
+        version, which does not know the field.
+
+        Raises:
+            ApiError: 404: no queue of the task serves this model.
+        """
+        model = await self.gateway.catalogue.find(name, request.task)
+        if model.queue == request.task:
+            return request
+        return request.model_copy(update={"model": model.queue})
+
+    async def _queue_of(self, request: GenerationRequest) -> str:
+        """Return the queue of a request, and find the models of the later steps of its chain.
+
+        Raises:
+            ApiError: 404: no queue serves a model.
+        """
+        catalogue = self.gateway.catalogue
+        for number, step in enumerate(request.then):
+            if step.model is not None:
+                try:
+                    await catalogue.find(step.model, Task(step.task))
+                except ApiError as error:
+                    raise replace(error, param=error.param and f"then.{number}.model") from None
+        if request.model is None:
+            return str(request.task)
+        return (await catalogue.find(request.model, request.task)).queue
 
 
 async def _sender(

@@ -672,9 +672,9 @@ def _identified(request: Request) -> Request:
     return request.model_copy(update={"request_id": new_request_id()})
 
 
-def _checked(model: type[R], **fields: Any) -> R:
+def _checked(kind: type[R], /, **fields: Any) -> R:
     try:
-        return model(**fields)
+        return kind(**fields)
     except ValidationError as error:
         raise RequestInvalid.of(error) from None
 

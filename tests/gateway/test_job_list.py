@@ -292,5 +292,5 @@ async def test_an_idempotent_job_has_a_creation_time(scene: Scene, opened: OpenJ
     waiting = await opened.jobs.find(ALICE, job.id)
     await scene.start()
     await opened.jobs.result(job)
-    ended = await opened.jobs.find(ALICE, Job(job.id, job.task).id)
+    ended = await opened.jobs.find(ALICE, Job(job.id, job.task, job.queue).id)
     assert abs(ended.created - waiting.created) < timedelta(seconds=1)

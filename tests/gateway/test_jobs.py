@@ -361,7 +361,7 @@ async def test_after_the_events_expire_a_reader_gets_the_terminal_event_only(sce
         await asyncio.sleep(0.2)
         assert gateway.log.size == 0
         for after in (None, entries[0].id):
-            late = await events_of(gateway, Job(job.id, job.task), after)
+            late = await events_of(gateway, Job(job.id, job.task, job.queue), after)
             assert [entry.event for entry in late] == [entries[-1].event]
         assert await events_of(gateway, job, entries[-1].id) == []
 
@@ -394,7 +394,7 @@ async def test_a_result_with_another_digest_is_an_id_conflict(
     await scene.start()
     job = await opened.submit()
     await opened.jobs.result(job)
-    other = Job(job.id, job.task, digest="sha256:" + "0" * 64)
+    other = Job(job.id, job.task, job.queue, digest="sha256:" + "0" * 64)
     with pytest.raises(ApiError) as error:
         await opened.jobs.result(other)
     assert refused(error) == (422, "idempotency_key_reused")
@@ -407,7 +407,7 @@ async def test_a_result_of_an_unknown_version_is_an_error(scene: Scene, opened: 
         scene.subjects.result(job.task, job.id), json.dumps(later).encode()
     )
     with pytest.raises(ApiError) as error:
-        await opened.jobs.result(Job(job.id, job.task))
+        await opened.jobs.result(Job(job.id, job.task, job.queue))
     assert refused(error) == (502, "bad_result")
 
 
