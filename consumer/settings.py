@@ -268,6 +268,10 @@ class Settings(BaseSettings):
     model_safety_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
     model_safety_policy: Literal["flag", "blank", "fail"] = "flag"
     model_max_image_pixels: Annotated[int, Field(ge=28 * 28)] = 1_200_000
+    model_runner: str = Field(
+        default="",
+        description="`package.module:Class` of a runner; implies MODEL_TYPE=custom",
+    )
 
     s3_endpoint: Url = "http://127.0.0.1:9000"
     s3_access_key: AccessKey = ""
@@ -428,6 +432,14 @@ class Settings(BaseSettings):
             raise ValueError("\n".join(wrong))
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _task_of_runner(cls, values: Any) -> Any:
+        """A runner has one possible task."""
+        if isinstance(values, dict) and values.get("model_runner"):
+            return {"model_type": Task.CUSTOM, **values}
+        return values
+
     @model_validator(mode="after")
     def _usable_queue(self) -> Self:
         if self.consumer_queue is not None and self.model_type is not None:
@@ -478,7 +490,7 @@ class Settings(BaseSettings):
             SettingsError: MODEL_TYPE is not set.
         """
         if self.model_type is None:
-            raise SettingsError("MODEL_TYPE: set it to text_to_image or image_to_text")
+            raise SettingsError(f"MODEL_TYPE: set it to one of {', '.join(Task)}")
         return self.model_type
 
     @property

@@ -17,7 +17,7 @@ from consumer.bus.connection import connect, require_server_version, wait_until_
 from consumer.bus.topology import PartlyApplied
 from consumer.ports.store import StoreUnavailable
 from consumer.settings import Settings, SettingsError
-from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 
 CONNECT_WITHIN = 5.0  # seconds; a person waits
 API_WITHIN = 10.0  # seconds; JetStream and the store may start later, or reply late
@@ -61,7 +61,7 @@ async def apply(
     if settings.model_type is not None:
         queues: tuple[str, ...] = (settings.queue.name,)
     else:
-        queues = tuple(str(task) for task in Task)
+        queues = tuple(str(task) for task in DEFAULT_QUEUES)
         # The second task would overwrite the first task's durable of the same name.
         for name in ("consumer_name", "consumer_queue"):
             if getattr(settings, name) is not None:

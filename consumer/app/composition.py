@@ -163,6 +163,7 @@ def make_worker_service(
         sign_upload=artifacts.sign_upload,
         observer=observer,
         worker_inboxes=f"{settings.nats_inbox_prefix}.",
+        request_schema=model.request_schema,
     )
     return WorkerService(endpoints, settings.subjects, backend)
 

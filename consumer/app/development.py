@@ -41,6 +41,7 @@ from generation_contracts import (
     TextToImageRequest,
     encode,
 )
+from generation_contracts.base import DEFAULT_QUEUES
 
 EXIT_CHILD_ENDED = 70  # EX_SOFTWARE of sysexits.h
 GATEWAY_GRACE = "1"  # seconds; the gateway is stopped when the workers have ended
@@ -138,7 +139,7 @@ def _require_settings() -> None:
     Raises:
         SettingsError: One line for each.
     """
-    for task in Task:
+    for task in DEFAULT_QUEUES:
         with _replaced_environment({**inherited_environment(), **_task_settings(task)}):
             make_runner(Settings.load())
 
@@ -156,7 +157,10 @@ def _start_processes(
         # torch creates this folder on import, by default in the temporary folder of the system.
         "TORCHINDUCTOR_CACHE_DIR": str(stack.directory / "torchinductor"),
     }
-    daemons = [stack.start_daemon(str(task), {**settings, **_task_settings(task)}) for task in Task]
+    daemons = [
+        stack.start_daemon(str(task), {**settings, **_task_settings(task)})
+        for task in DEFAULT_QUEUES
+    ]
     gateway = None
     if all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
         gateway = stack.start_gateway("gateway", {"GATEWAY_DRAIN_GRACE": GATEWAY_GRACE})

@@ -1,6 +1,7 @@
 """Streams and durable consumers, from the JSON files under infra/nats.
 
-The files have the default queue of each task. Another queue gets copies of the files of its task.
+The files have the default queue of each task. Another queue gets copies of the files of its task,
+or of the first task.
 
 The files use the server's own format (`nats stream add --config FILE` reads them as well). Existing
 streams and consumers are compared with the files key by key. `apply` updates with the full
@@ -32,6 +33,7 @@ from consumer.bus.server_texts import is_permission_error
 from consumer.ports.bus import ResultUnreadable
 from consumer.ports.unavailable import Unavailable
 from generation_contracts import Subjects, Task
+from generation_contracts.base import DEFAULT_QUEUES
 from generation_contracts.queues import CREATED_BY_KEY, TASK_KEY, QueueInfo
 
 log = structlog.get_logger()
@@ -249,7 +251,7 @@ class Topology:
         return name
 
     def _streams(self) -> list[Config]:
-        queues: list[str] = [str(task) for task in Task]
+        queues: list[str] = [str(task) for task in DEFAULT_QUEUES]
         configs = [self._rooted(f"streams/{stream}.json") for stream in _SHARED]
         if self._queue is not None and not self._queue.is_default:
             queues.append(self._queue.name)
@@ -262,7 +264,7 @@ class Topology:
         return configs
 
     def _requests(self, queue: str) -> Config:
-        file = _FILES.requests_stream(self._task_of(queue))
+        file = _FILES.requests_stream(self._template(queue))
         config = self._rooted(f"streams/{file}.json", queue=queue)
         if self._queue is not None and not self._queue.is_default and queue == self._queue.name:
             config["metadata"] = self._queue.metadata
@@ -287,10 +289,11 @@ class Topology:
             "max_bytes": config["max_bytes"] // ADVISORIES_DIVISOR,
         }
 
-    def _task_of(self, queue: str) -> Task:
-        if self._queue is not None and queue == self._queue.name:
-            return self._queue.task
-        return Task(queue)
+    def _template(self, queue: str) -> Task:
+        """Return the task whose files are copied for a queue."""
+        named = self._queue is not None and queue == self._queue.name
+        task = self._queue.task if named and self._queue is not None else Task(queue)
+        return task if task in DEFAULT_QUEUES else DEFAULT_QUEUES[0]
 
     def _how_to_create(self, expected: Config) -> str:
         queue = self._queue
@@ -317,7 +320,7 @@ class Topology:
         _compare(f"stream {expected['name']}", self._with_current_replicas(expected, found), found)
 
     def _consumer(self, queue: str) -> Config:
-        expected = self._rooted(f"consumers/{self._task_of(queue)}.json", queue=queue)
+        expected = self._rooted(f"consumers/{self._template(queue)}.json", queue=queue)
         expected["ack_wait"] = round(self._ack_wait * NANOSECONDS)
         expected["max_ack_pending"] = self._max_ack_pending
         if self._max_deliver is not None:
@@ -325,7 +328,7 @@ class Topology:
         return self._named(expected)
 
     def _watcher(self, queue: str) -> Config:
-        expected = self._rooted(f"watchers/{self._task_of(queue)}.json", queue=queue)
+        expected = self._rooted(f"watchers/{self._template(queue)}.json", queue=queue)
         if self._durable_name is not None:
             expected["filter_subjects"] = [
                 subject.removesuffix(f".{queue}") + f".{self._durable_name}"
@@ -335,7 +338,7 @@ class Topology:
 
     def _retries(self, queue: str) -> Config:
         # Not `durable_name`: all queues share the retries stream, and each needs its own consumer.
-        expected = self._rooted(f"retries/{self._task_of(queue)}.json", queue=queue)
+        expected = self._rooted(f"retries/{self._template(queue)}.json", queue=queue)
         return {**expected, "name": expected["durable_name"], **_NOT_FOR_CONSUMERS}
 
     def _named(self, expected: Config) -> Config:
@@ -346,7 +349,7 @@ class Topology:
     def _rooted(self, name: str, *, queue: str | None = None) -> Config:
         text = _definition(name)
         if queue is not None:
-            task = self._task_of(queue)
+            task = self._template(queue)
             text = text.replace(task.upper(), queue.upper()).replace(task, queue)
         config: Config = json.loads(text)
         if "name" in config:

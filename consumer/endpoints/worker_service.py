@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 from uuid import uuid4
 
 import structlog
@@ -94,6 +95,7 @@ class WorkerBackend:
         sign_upload: Signs the form of one upload; raises UploadTooLarge.
         observer: Notified of each refused call, with the code.
         worker_inboxes: Prefix of the inbox of a stop request, which only workers send.
+        request_schema: JSON Schema of the requests; None: the schema of the contract.
     """
 
     task: Task
@@ -109,6 +111,7 @@ class WorkerBackend:
     sign_upload: SignUpload
     observer: Observer
     worker_inboxes: str = "_INBOX."
+    request_schema: Mapping[str, Any] | None = None
 
 
 class WorkerService:
@@ -161,7 +164,8 @@ class WorkerService:
                     },
                 ),
             )
-            schema = json.dumps(json_schemas()[TASKS[task].request.__name__])
+            own = self._backend.request_schema
+            schema = json.dumps(own or json_schemas()[TASKS[task].request.__name__])
             for name in dict.fromkeys((str(task), self._queue)):
                 await self._service.add_endpoint(
                     name=name,

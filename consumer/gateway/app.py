@@ -45,7 +45,7 @@ from consumer.gateway.middleware import (
 from consumer.gateway.open_access import LoopbackOnly
 from consumer.gateway.store_client import StoreClient
 from consumer.settings import Settings
-from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 
 __all__ = ["Gateway", "create_app", "open_gateway"]
 
@@ -89,7 +89,7 @@ async def open_gateway(settings: Settings, metrics: GatewayMetrics) -> AsyncIter
         log = EventLog(
             seconds=settings.gateway_events_kept, most_bytes=settings.gateway_events_bytes
         )
-        durables = {str(task): settings.durable(task) for task in Task}
+        durables = {str(task): settings.durable(task) for task in DEFAULT_QUEUES}
         view = QueueView(bus, settings.subjects, durables)
 
         ids = JobList(view)

@@ -1,7 +1,7 @@
 """Base classes of all messages. Requests forbid unknown fields, events ignore them."""
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,11 @@ class Task(StrEnum):
     TEXT_TO_IMAGE = "text_to_image"
     IMAGE_TO_TEXT = "image_to_text"
     CUSTOM = "custom"
+
+
+# Every installation has the default queues of these tasks. The queues of later tasks are created
+# when they are needed, because each reserves disk space.
+DEFAULT_QUEUES: Final = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_TEXT)
 
 
 def pattern_message(text: str) -> WrapValidator:

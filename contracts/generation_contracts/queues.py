@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from generation_contracts.base import Task
+from generation_contracts.base import DEFAULT_QUEUES, Task
 from generation_contracts.subjects import Subjects, require_queue_name
 
 QUEUE_KEY = "generation.queue"
@@ -34,8 +34,8 @@ class QueueInfo:
 
     @property
     def is_default(self) -> bool:
-        """Whether this is the default queue of its task."""
-        return self.name == self.task
+        """Whether every installation has this queue."""
+        return self.name in DEFAULT_QUEUES
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -62,7 +62,9 @@ def queue_of_stream(config: Mapping[str, Any], subjects: Subjects) -> QueueInfo 
         subjects: Subjects of the installation.
     """
     metadata = config.get("metadata") or {}
-    default = next((t for t in Task if subjects.requests_stream(t) == config.get("name")), None)
+    default = next(
+        (t for t in DEFAULT_QUEUES if subjects.requests_stream(t) == config.get("name")), None
+    )
     name, task = metadata.get(QUEUE_KEY, default), metadata.get(TASK_KEY, default)
     if name is None or task not in set(Task):
         return None
@@ -77,8 +79,8 @@ def queue_of_stream(config: Mapping[str, Any], subjects: Subjects) -> QueueInfo 
 
 
 def default_queues() -> dict[str, QueueInfo]:
-    """Return the default queue of each task, by name."""
-    return {str(task): QueueInfo(str(task), task) for task in Task}
+    """Return the queues that every installation has, by name."""
+    return {str(task): QueueInfo(str(task), task) for task in DEFAULT_QUEUES}
 
 
 def is_named(name: str, known: Iterable[str]) -> bool:
@@ -91,7 +93,8 @@ def queue_for(model: str | None, task: Task, queues: Collection[QueueInfo]) -> Q
     """Return the queue for the requests of a task that ask for a model.
 
     Args:
-        model: The name of a model or of a queue; None means the default queue.
+        model: The name of a model or of a queue; None means the default queue, or the only queue of
+            a task without one.
         task: Task of the request.
         queues: All queues.
 
@@ -104,6 +107,8 @@ def queue_for(model: str | None, task: Task, queues: Collection[QueueInfo]) -> Q
         key=lambda queue: (not queue.is_default, queue.name),
     )
     default = next((q for q in of_task if q.is_default), QueueInfo(str(task), task))
+    if task not in DEFAULT_QUEUES and len(of_task) == 1:
+        default = of_task[0]
     if model is None:
         return default
     exact = (queue for queue in of_task if model in queue.model_names)

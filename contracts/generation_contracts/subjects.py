@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
-from generation_contracts.base import Task, pattern_message
+from generation_contracts.base import DEFAULT_QUEUES, Task, pattern_message
 
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 # NATS accepts `*`, `>` and `a.b` in a published subject. So ids and reply subjects are checked
@@ -195,7 +195,7 @@ class Subjects:
         The default queues share a stream. Workers of earlier versions compare its subjects with
         those that they know, so it cannot have the advisories about other queues.
         """
-        if queue in set(Task):
+        if queue in DEFAULT_QUEUES:
             return self.advisories_stream
         return self._stream(f"ADVISORIES_{queue.upper()}")
 

@@ -98,7 +98,7 @@ class Runner(ABC, Generic[P]):
     def run(self, parameters: P, context: Context) -> Output | Sequence[Output]:
         """Run the model for one request, and return its outputs."""
 
-    def batch_key(self, parameters: P) -> Hashable | None:  # noqa: ARG002 - none by default
+    def batch_key(self, _: P, /) -> Hashable | None:
         """Return a key that is equal for requests of one batch; None: they run one by one.
 
         Any thread may call it.

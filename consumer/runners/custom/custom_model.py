@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from consumer.ports.model import (
     Interrupted,
     ModelDescription,
-    ModelError,
     ModelMisconfigured,
     RunnerOutput,
     RunRequest,
@@ -22,8 +21,9 @@ from consumer.ports.model import (
 from consumer.runners.config import ModelConfig
 from consumer.runners.custom.outputs import generated
 from consumer.runners.custom.run_context import RunContext
+from consumer.runners.custom.spec import add_working_directory
 from consumer.runners.device import place, release
-from consumer.runners.faults import load_failure, translate_failures
+from consumer.runners.faults import BadOutput, load_failure, translate_failures
 from generation_contracts import CustomRequest, ModelInfo, Request
 from generation_contracts.schema import json_schemas
 from generation_runner import Cancelled, Runner
@@ -113,13 +113,13 @@ class CustomModel:
         contexts = [RunContext(run, raises=len(runs) == 1) for run in runs]
         try:
             if len(runs) == 1:
-                made = [self._runner.run(parameters[0], contexts[0])]
+                made: list[Any] = [self._runner.run(parameters[0], contexts[0])]
             else:
                 made = list(self._runner.run_batch(parameters, contexts))
         except Cancelled:
             raise Interrupted from None
         if len(made) != len(runs):
-            raise ModelError("run_batch returned another number of outputs")
+            raise BadOutput("run_batch returned another number of outputs")
         if all(context.cancelled for context in contexts):
             raise Interrupted
         return [
@@ -142,6 +142,7 @@ class CustomModel:
 
 
 def _class(setting: str) -> type[Runner[Any]]:
+    add_working_directory()
     module, _, name = setting.partition(":")
     try:
         found = getattr(import_module(module), name, None)

@@ -3,8 +3,10 @@
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from PIL.Image import Image as PillowImage
+from pydantic import JsonValue
 
 from consumer.ports.model import (
     GeneratedFile,
@@ -29,7 +31,7 @@ def generated(made: Output | Sequence[Output], context: RunContext) -> RunnerOut
     Raises:
         BadOutput: The runner returned something else than outputs, or none.
     """
-    several = list(made) if isinstance(made, list | tuple) else [made]
+    several: Sequence[Any] = made if isinstance(made, list | tuple) else [made]
     if not several:
         raise BadOutput("the runner returned no output")
     return RunnerOutput(
@@ -39,7 +41,7 @@ def generated(made: Output | Sequence[Output], context: RunContext) -> RunnerOut
     )
 
 
-def _output(made: Output, seed: int) -> GeneratedOutput:
+def _output(made: Any, seed: int) -> GeneratedOutput:
     match made:
         case Image(PillowImage() as image, output_format) if output_format in _FORMATS:
             return GeneratedImage(image, seed, output_format=output_format)
@@ -61,9 +63,10 @@ def _file(data: bytes, media_type: str, extension: str) -> GeneratedFile:
     return GeneratedFile(data, media_type, extension)
 
 
-def _json(value: object) -> object:
+def _json(value: Any) -> JsonValue:
     try:
         # NaN is no JSON, and a copy cannot be changed by the runner while it is published.
-        return json.loads(json.dumps(value, allow_nan=False))
+        copied: JsonValue = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
         raise BadOutput("the runner returned a value that is no JSON") from None
+    return copied

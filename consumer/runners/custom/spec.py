@@ -1,7 +1,9 @@
 """The task custom, as far as it is known without the runner of the operator."""
 
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 from consumer.ports.model import ModelDescription
 from consumer.runners.config import ModelConfig
@@ -18,8 +20,19 @@ def _smallest(_: ModelDescription) -> TrialInputs:
     return CustomRequest(seed=0), []
 
 
+def add_working_directory() -> None:
+    """Let modules be imported from the working directory, as `python -m` does.
+
+    It is the last place to look, so a file there replaces no installed package.
+    """
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
 def setting_errors(config: ModelConfig) -> Iterator[str]:
     """Yield what is wrong with MODEL_RUNNER, without running code of its package."""
+    add_working_directory()
     module, _, name = config.runner.partition(":")
     if not config.runner:
         yield "MODEL_RUNNER: must be set for MODEL_TYPE=custom: package.module:Class"

@@ -68,7 +68,6 @@ SPEC = TaskSpec(
     step=CustomStep,
     output="file",
     image_fields=("images",),
-    standard=False,
     examples={
         "custom_minimal": {"parameters": {"frequency": 440}},
         "custom_full": {

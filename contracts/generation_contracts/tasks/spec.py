@@ -25,8 +25,6 @@ class TaskSpec:
         output: Kind of the outputs; all kinds but `text` are files in the store. `file` stands for
             outputs of every kind.
         image_fields: Fields of the request that are input images: one image or a list.
-        standard: Whether every installation has the default queue of the task; the queues of the
-            other tasks are created when they are needed, because each reserves disk space.
         count_field: Field with the number of outputs; None: there is one.
         stream_field: Field that requests the text in progress events; None: there is no text.
         preview_field: Field that requests previews in progress events; None: there are none.
@@ -41,7 +39,6 @@ class TaskSpec:
     step: type[Step]
     output: OutputKind
     image_fields: tuple[str, ...] = ()
-    standard: bool = True
     count_field: str | None = None
     stream_field: str | None = None
     preview_field: str | None = None

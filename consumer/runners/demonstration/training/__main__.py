@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from consumer.runners.demonstration.training import autoencoder, captions, images
-from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 
 log = structlog.get_logger()
 
@@ -44,7 +44,7 @@ def main(parts: tuple[str, ...], to: Path, keep: Path | None, seed: int, share: 
     began = time.monotonic()
     parts = parts or tuple(STEPS)
     steps = {part: max(1, round(share * number)) for part, number in STEPS.items()}
-    image_folder, text_folder = (to / str(task) for task in Task)
+    image_folder, text_folder = (to / str(task) for task in DEFAULT_QUEUES)
     if "autoencoder" in parts:
         _save(autoencoder.train(steps["autoencoder"], seed), image_folder / "vae")
     # Each part loads its own copy, because `_save` converts the weights to half precision.
