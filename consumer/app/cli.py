@@ -427,7 +427,7 @@ def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
 
 @cli.group()
 def queues() -> None:
-    """List, create and remove queues: one for each model that serves the same task."""
+    """List, create and remove the queues of models."""
 
 
 @queues.command("list")
