@@ -328,6 +328,10 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
             "--json", "as_json", is_flag=True, help="Print the result event; save nothing."
         ),
         click.option("--seed", type=int),
+        click.option("--model", help="Name of the model; default: the model of the queue."),
+        click.option(
+            "--queue", help="Name of the queue; default: the queue of the model or of the task."
+        ),
         click.option(
             "--deadline",
             type=_Range(0, 1e7, min_open=True),
@@ -423,7 +427,7 @@ def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
 
 @cli.group()
 def queues() -> None:
-    """List, create and remove queues: one for each model that serves the same task."""
+    """List, create and remove the queues of models."""
 
 
 @queues.command("list")
@@ -654,6 +658,7 @@ def _send_task(spec: "TaskSpec", settings: "Settings", parameters: dict[str, Any
         sources = tuple(image_source(image) for image in images)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}", EXIT_USAGE)
+    queue = parameters.pop("queue")
     if sources:
         parameters["images"] = (PLACEHOLDER,)  # while the other fields are checked
     built = _build_request(partial(new_request, spec.request), parameters)
@@ -662,13 +667,14 @@ def _send_task(spec: "TaskSpec", settings: "Settings", parameters: dict[str, Any
         return await client.with_images(built, sources, upload=upload)
 
     prepare = with_images if sources else None
-    _send_and_wait(settings, built, as_json=as_json, folder=folder, prepare=prepare)
+    _send_and_wait(settings, built, queue=queue, as_json=as_json, folder=folder, prepare=prepare)
 
 
 def _send_and_wait(
     settings: "Settings",
     request: "Request",
     *,
+    queue: str | None,
     as_json: bool,
     folder: Path,
     prepare: Callable[["GenerationClient"], Coroutine[Any, Any, "Request"]] | None = None,
@@ -683,17 +689,16 @@ def _send_and_wait(
         summary,
     )
     from consumer.bus.queue_length import QueueLength
-    from generation_client import task_of
     from generation_contracts import SucceededEvent, encode
 
     async def send_and_save(client: "GenerationClient", bus: "Bus") -> int:
         prepared = request if prepare is None else await prepare(client)
-        task = task_of(request)
-        stream, durable = settings.subjects.requests_stream(task), settings.consumer_name or task
-        queue = None if as_json else QueueLength(bus, stream, durable)
+        name = queue or await client.queue_for(request)
+        stream, durable = settings.subjects.requests_stream(name), settings.durable(name)
+        length = None if as_json else QueueLength(bus, stream, durable)
         with nullcontext(NoDisplay()) if as_json else ProgressBar(_console()) as display:
             async with asyncio.timeout(_result_timeout(request)):
-                event = await send_request(client, prepared, display, queue=queue)
+                event = await send_request(client, prepared, display, name=name, queue=length)
         succeeded = isinstance(event, SucceededEvent)
         if as_json:
             click.echo(encode(event).decode())

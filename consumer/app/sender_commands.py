@@ -13,9 +13,9 @@ from rich.text import Text
 from consumer.background_tasks import cancel_and_wait
 from consumer.bus.connection import BusUnavailable
 from consumer.bus.queue_length import QueueLength
-from consumer.bus.services import worker_metadata
+from consumer.bus.services import queue_of_worker, worker_metadata
 from consumer.ports.bus import ResultEvent
-from generation_client import GenerationClient, new_request_id, task_of
+from generation_client import GenerationClient, new_request_id
 from generation_contracts import (
     TASKS,
     FailedEvent,
@@ -24,7 +24,6 @@ from generation_contracts import (
     StartedEvent,
     StoredArtifact,
     SucceededEvent,
-    Task,
     TextOutput,
 )
 from generation_contracts.artifacts import ImageSource
@@ -61,6 +60,7 @@ async def send_request(
     request: Request,
     display: Display,
     *,
+    name: str | None = None,
     queue: QueueLength | None = None,
 ) -> ResultEvent:
     """Send a request and wait for its terminal event.
@@ -69,21 +69,23 @@ async def send_request(
         client: Connected.
         request: A request with an id.
         display: Shows that the request is stored, and its events.
-        queue: The queue of the task; its length is shown, and the workers are counted if the
+        name: Name of the queue; None: the default queue of the task.
+        queue: The queue; its length is shown, and the workers are counted if the
             request does not start soon. None: neither.
 
     Raises:
         GenerationError: See `GenerationClient.events`.
     """
     stored, started = asyncio.Event(), asyncio.Event()
+    name = name or str(request.task)
 
     def on_stored() -> None:
         display.note(f"request {request.request_id}: stored in the queue, waiting for a worker")
         stored.set()
 
-    asking = asyncio.ensure_future(_watch_queue(queue, task_of(request), stored, started, display))
+    asking = asyncio.ensure_future(_watch_queue(queue, name, stored, started, display))
     try:
-        async with aclosing(client.events(request, on_stored=on_stored)) as events:
+        async with aclosing(client.events(request, queue=name, on_stored=on_stored)) as events:
             async for event in events:
                 started.set()
                 if not isinstance(event, StartedEvent | ProgressEvent):
@@ -96,7 +98,7 @@ async def send_request(
 
 async def _watch_queue(
     queue: QueueLength | None,
-    task: Task,
+    name: str,
     stored: asyncio.Event,
     started: asyncio.Event,
     display: Display,
@@ -109,7 +111,7 @@ async def _watch_queue(
     try:
         await asyncio.wait_for(started.wait(), WORKERS_ASKED_AFTER)
     except TimeoutError:
-        await _show_workers(queue, task, display)
+        await _show_workers(queue, name, display)
 
 
 async def _show_position(queue: QueueLength, started: asyncio.Event, display: Display) -> None:
@@ -121,15 +123,15 @@ async def _show_position(queue: QueueLength, started: asyncio.Event, display: Di
         display.note(f"requests before it: {before} at most")
 
 
-async def _show_workers(queue: QueueLength, task: Task, display: Display) -> None:
+async def _show_workers(queue: QueueLength, name: str, display: Display) -> None:
     try:
-        workers = [each for each in await worker_metadata(queue.bus) if each.get("task") == task]
+        workers = [w for w in await worker_metadata(queue.bus) if queue_of_worker(w) == name]
     except BusUnavailable:
         return
     if workers:
-        display.note(f"{len(workers)} of {task} running: the queue is not empty, or they start")
+        display.note(f"{len(workers)} of {name} running: the queue is not empty, or they start")
     else:
-        display.note(f"no worker of {task} is running: the request waits until one starts")
+        display.note(f"no worker of {name} is running: the request waits until one starts")
 
 
 async def save_files(

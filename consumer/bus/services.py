@@ -20,11 +20,17 @@ MAX_REPLIES = 1_000
 Metadata = Mapping[str, str]
 
 
+def queue_of_worker(metadata: Metadata) -> str | None:
+    """Return the queue of a worker. Workers of earlier versions serve the queue of their task."""
+    return metadata.get("queue", metadata.get("task"))
+
+
 async def worker_metadata(bus: Bus) -> list[Metadata]:
     """Query all workers for the metadata of their services.
 
     Returns:
-        The metadata of each worker that has replied: `worker`, `task`, `id` of the model, ….
+        The metadata of each worker that has replied: `worker`, `task`, `queue`, `id` of the
+        model, ….
 
     Raises:
         BusUnavailable: The query could not be sent, or there are workers and none has replied.

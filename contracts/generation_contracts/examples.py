@@ -89,6 +89,15 @@ REQUESTS: Final[Mapping[str, Request]] = {
             ),
         ),
     ),
+    "text_to_image_of_a_model": TextToImageRequest(
+        request_id="sketch-0003",
+        prompt="a lighthouse at dusk",
+        model="stabilityai/sdxl-turbo",
+        then=(
+            ImageToTextStep(task="image_to_text", prompt="Describe it.", model="captions"),
+            TextToImageStep(task="text_to_image", prompt="$text", model="sdxl-turbo"),
+        ),
+    ),
     "text_to_image_in_a_chain": TextToImageRequest(
         request_id="poster-0001-3-1",
         prompt="as a woodcut: a lighthouse",
@@ -102,6 +111,11 @@ REQUESTS: Final[Mapping[str, Request]] = {
         metadata=_METADATA,
         then=(TextToImageStep(task="text_to_image", prompt="as a woodcut: $text"),),
         chain=ChainLink(id=_PICTURE_ID, step=2, branch="1"),
+    ),
+    "image_to_text_of_a_model": ImageToTextRequest(
+        prompt="What is in this picture?",
+        images=("s3://generation/text_to_image/poster-0001/0.png",),
+        model="captions",
     ),
     "image_to_text_minimal": ImageToTextRequest(
         prompt="What is in this picture?",
@@ -452,6 +466,14 @@ _MARKED: Mapping[str, Event] = {
     ),
 }
 
+_ONE_OF_EACH = {
+    "started": "started",
+    "progress": "progress_image",
+    "succeeded": "succeeded_image",
+    "failed": "failed_internal",
+    "cancelled": "cancelled",
+}
+
 EVENTS: Final[Mapping[str, Event]] = {
     **_ALONE,
     **_MARKED,
@@ -464,13 +486,11 @@ EVENTS: Final[Mapping[str, Event]] = {
         f"{kind}_in_a_chain": _ALONE[name].model_copy(
             update={"chain": ChainPlace(id=_PICTURE_ID, step=1, of=3)}
         )
-        for kind, name in {
-            "started": "started",
-            "progress": "progress_image",
-            "succeeded": "succeeded_image",
-            "failed": "failed_internal",
-            "cancelled": "cancelled",
-        }.items()
+        for kind, name in _ONE_OF_EACH.items()
+    },
+    **{
+        f"{kind}_in_a_queue": _ALONE[name].model_copy(update={"queue": "sdxl-turbo"})
+        for kind, name in _ONE_OF_EACH.items()
     },
 }
 

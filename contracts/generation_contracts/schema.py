@@ -204,12 +204,16 @@ def _channels(subjects: Subjects) -> Document:
     return dict(sorted(channels.items()))
 
 
+_OTHER_QUEUE = "The subject of another queue of the task has its name in place of the task."
+
+
 def _task_channels(subjects: Subjects, task: Task) -> Document:
     request = f"{task}_request"
     return {
         request: _channel(
             _address(subjects, subjects.request(task)),
-            "Requests with the id in the body or in Nats-Msg-Id, else the worker derives an id.",
+            "Requests with the id in the body or in Nats-Msg-Id, else the worker derives an id. "
+            f"{_OTHER_QUEUE}",
             [request],
             subjects.requests_stream(task),
         ),
@@ -224,7 +228,8 @@ def _task_channels(subjects: Subjects, task: Task) -> Document:
         ),
         f"{task}_call": _channel(
             _address(subjects, subjects.call(task)),
-            "Request-reply endpoint: the caller's inbox receives the terminal event.",
+            "Request-reply endpoint: the caller's inbox receives the terminal event. The request "
+            f"goes to the queue of its `model`. {_OTHER_QUEUE}",
             [request],
         ),
     }
@@ -243,7 +248,10 @@ def _channel(
             "description": "1-64 characters of A-Z a-z 0-9 _ -",
             "examples": ["poster-0001"],
         },
-        "task": {"description": "the task of the model", "enum": [str(task) for task in Task]},
+        "task": {
+            "description": "the task of the model, or the name of another queue of the task",
+            "examples": [str(task) for task in Task],
+        },
     }
     parameters = {name: text for name, text in described.items() if f"{{{name}}}" in str(address)}
     if parameters:

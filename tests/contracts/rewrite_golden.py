@@ -46,7 +46,7 @@ def golden(message: Any) -> dict[str, Any]:
         return {"subject": Subjects().request(task, message.request_id), "body": body}
     subject = Subjects().result if isinstance(message, TerminalEvent) else Subjects().progress
     return {
-        "subject": subject(task, message.request_id),
+        "subject": subject(message.queue_name, message.request_id),
         "headers": event_headers(message, trace_parent=TRACE_PARENT),
         "body": body,
     }

@@ -113,7 +113,7 @@ def test_parameters_of_an_address_are_described(name: str) -> None:
     used = set(re.findall(r"{(\w+)}", channel["address"] or ""))
     assert set(channel.get("parameters", {})) == used
     if "task" in used:
-        assert channel["parameters"]["task"]["enum"] == [str(task) for task in Task]
+        assert channel["parameters"]["task"]["examples"] == [str(task) for task in Task]
 
 
 def test_every_reference_has_a_target() -> None:
@@ -218,6 +218,6 @@ def test_headers_of_a_request_are_described() -> None:
 def test_returned_document_is_a_copy() -> None:
     before = copy.deepcopy(DOCUMENT)
     mine = asyncapi()
-    mine["channels"]["result"]["parameters"]["task"]["enum"].clear()
+    mine["channels"]["result"]["parameters"]["task"]["examples"].clear()
     mine["components"]["schemas"].clear()
     assert asyncapi() == before

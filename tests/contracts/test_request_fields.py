@@ -48,6 +48,7 @@ TYPES: list[tuple[Task, str, tuple[str, list[Any]]]] = [
             "reply_to": TEXT,
             "deadline": ("time", [1767323045, 1.5, True, [], "soon", "2026-01-02", ""]),
             "metadata": ("map", [[], "x", 5, None, {"k": 5}, {"k": None}, {"k": ["v"]}]),
+            "model": TEXT,
             "then": ("list", [{}, "x", 5, None, [5], ["x"], [{}], [[]]]),
             "chain": ("link", [[], "x", 5, {"id": "a"}, {"step": 1}, {"id": 5, "step": 1}]),
         }.items()
@@ -112,6 +113,7 @@ LIMITS: list[tuple[Task, str, list[Any], list[Any]]] = [  # the last good ones, 
                 [{}, {"k" * 64: "v" * 512}, {str(n): "" for n in range(16)}],
                 [{"": "v"}, {"k" * 65: "v"}, {"k": "v" * 513}, {str(n): "" for n in range(17)}],
             ),
+            ("model", ["x", "x" * 200], ["", "x" * 201]),
             (
                 "then",
                 [[], [{"task": "text_to_image", "prompt": "$text"}] * 8],

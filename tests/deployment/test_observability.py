@@ -211,7 +211,7 @@ def test_expression_uses_existing_names_and_labels(where: str, expr: str) -> Non
         assert labels <= known[name] | ADDED, f"{where}: {name}"
     of_all = set().union(*(known[name] for name in metrics)) | ADDED
     if "label_replace" in expr:
-        of_all.add("task")
+        of_all.add("queue")
     assert others <= of_all, where
 
 

@@ -163,6 +163,7 @@ async def test_a_job_returns_its_result_and_its_output_file(scene: Scene, api: A
         "id": job["id"],
         "object": "job",
         "task": "text_to_image",
+        "queue": "text_to_image",
         "state": "queued",
         "created": job["created"],
         "position": 0,
@@ -456,13 +457,14 @@ async def test_the_queue_shows_the_requests_of_the_tenant(scene: Scene, api: Api
     await scene.until_noted("run")
     await api.alice.submit()
     queue = (await api.alice.send("GET", "/v1/queue")).json()
-    assert queue == {
-        "object": "queue",
-        "tasks": [
-            {"task": "text_to_image", "waiting": 1, "running": 1, "pace_seconds": None},
-            {"task": "image_to_text", "waiting": 0, "running": 0, "pace_seconds": None},
-        ],
-    }
+    names = {"text_to_image": "quick", "image_to_text": "image_to_text"}
+    numbers = {"text_to_image": 1, "image_to_text": 0}
+    queues = [
+        {"task": task, "queue": task, "model": model, "waiting": count, "running": count}
+        | {"pace_seconds": None}
+        for (task, model), count in zip(names.items(), numbers.values(), strict=True)
+    ]
+    assert queue == {"object": "queue", "tasks": queues, "queues": queues}
     other = (await api.bob.send("GET", "/v1/queue")).json()
     assert [(task["waiting"], task["running"]) for task in other["tasks"]] == [(0, 0), (0, 0)]
 

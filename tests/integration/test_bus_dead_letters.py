@@ -37,6 +37,7 @@ from generation_contracts.headers import (
     DEAD_LETTER_TRUNCATED,
     MESSAGE_ID,
 )
+from generation_contracts.queues import default_queues
 from tests.integration.bus_installation import (
     DEAD_LETTERS,
     OTHER_REQUESTS,
@@ -349,7 +350,9 @@ async def test_a_replay_is_published_although_a_sender_has_used_its_message_id(
     """The stream reports a duplicate, which is another message."""
     letter = await setup.letter()
     await clear_results(setup)
-    message_id = replaying._Attempt.of(letter, setup.installation.subjects).message_id
+    message_id = replaying._Attempt.of(
+        letter, setup.installation.subjects, default_queues()
+    ).message_id
     await setup.installation.publish(b"foreign", headers={MESSAGE_ID: message_id})
     assert await setup.replayer.replay(letter) is Replay.PUBLISHED
     await (await take(setup.worker)).ack()
@@ -404,7 +407,7 @@ async def test_a_listed_dead_letter_without_its_body_cannot_be_replayed(setup: S
         pytest.param({}, TASK, "the id of the request", id="no id"),
         pytest.param({DEAD_LETTER_REQUEST_ID: "*"}, TASK, "the id of the request", id="bad id"),
         pytest.param(
-            {DEAD_LETTER_REQUEST_ID: "r"}, "other", "the id of the request", id="unknown task"
+            {DEAD_LETTER_REQUEST_ID: "r"}, "other", "its queue does not exist", id="unknown queue"
         ),
     ],
 )

@@ -59,12 +59,12 @@ async def test_the_lookup_of_an_id_with_many_requests_loads_no_message(
         await installation.publish(str(number).encode(), request_id="a")
     found = await soon(queue.find("a"))
     assert found == IdLookup(requests=frozenset({TASK}), results=frozenset({OTHER}))
-    # The queue reads the state of each stream, and no message.
-    assert [subject.split(".")[3] for subject in api_calls] == ["INFO"] * 3
+    # The queue reads the list of queues and the state of each stream, and no message.
+    assert [subject.split(".")[3] for subject in api_calls] == ["LIST", *["INFO"] * 3]
     oldest = await soon(queue.oldest(TASK, "a"))
     assert oldest is not None
     assert (oldest.delivery.body, oldest.never_delivered) == (b"0", True)
-    assert len(api_calls) == 5
+    assert len(api_calls) == 6
 
 
 async def test_an_unknown_id_is_not_found(installation: Installation, api_calls: list[str]) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import shlex
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -19,12 +21,14 @@ from nats.errors import Error
 from consumer.app.apply import apply
 from consumer.app.check import check
 from consumer.app.dead_letter_commands import replay
+from consumer.app.queue_commands import create_queue
 from consumer.bus.connection import BusUnavailable, connect
 from consumer.bus.queue_length import QueueLength
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from generation_client import GenerationClient, RequestCancelled, ServiceUnavailable, submitting
-from generation_contracts import ImageToTextStep, Task, TextOutput
+from generation_contracts import ImageToTextStep, Task, TextOutput, TextToImageRequest
+from generation_contracts.queues import QueueInfo
 from tests.support.forked import ForkedGateway, ForkedWorker
 from tests.support.quick_runner import FOLDER
 from tests.support.scene import ROOT, WITHIN
@@ -93,7 +97,7 @@ class Installation:
 
 @contextmanager
 def installed(
-    folder: Path, more_config: str = "", *, ack_wait: str = "2"
+    folder: Path, more_config: str = "", *, ack_wait: str = "2", users: str | None = None
 ) -> Iterator[Installation]:
     """Run servers with the users of users.conf, the streams and the durable consumers."""
     keys: dict[str, str] = {}
@@ -102,7 +106,7 @@ def installed(
         (folder / role).write_bytes(seed)
         keys[role] = nkeys.from_seed(bytearray(seed)).public_key.decode()
     variables = "".join(f"GENERATION_{role.upper()}_NKEY: {key}\n" for role, key in keys.items())
-    servers = Installation(folder, variables + USERS.read_text() + more_config)
+    servers = Installation(folder, variables + (users or USERS.read_text()) + more_config)
     with servers.stack:
         asyncio.run(apply(servers.settings("admin", consumer_ack_wait=ack_wait)))
         yield servers
@@ -121,12 +125,13 @@ def installation_with_ack_subjects_v2(tmp_path: Path) -> Iterator[Installation]:
 
 
 def start_worker(
-    installation: Installation, task: Task, folder: Path, cause: str = "none"
+    installation: Installation, task: Task, folder: Path, cause: str = "none", **more: str
 ) -> Daemon:
     settings = {
         "MODEL_TYPE": str(task),
         "CONSUMER_REPLY_PREFIXES": "_INBOX_sender.,_INBOX_gateway.,_INBOX_admin.,generation.reply.",
         FOLDER: str(folder),
+        **more,
     }
     worker = ForkedWorker(
         f"worker-{task}-{cause}",
@@ -273,6 +278,57 @@ async def test_a_gateway_has_the_permissions_that_it_needs(
     }
 
 
+def with_queue(users: str) -> str:
+    """Add the permissions for a queue with the command of the docs, for a queue named `sdxl`."""
+    page = (ROOT / "docs" / "queues.md").read_text()
+    command = next(line for line in page.splitlines() if line.startswith("$ sed -E "))
+    script = shlex.split(command)[3]
+    done = subprocess.run(
+        ["sed", "-E", script], input=users, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def installation_with_queue(tmp_path: Path) -> Iterator[Installation]:
+    with installed(tmp_path, users=with_queue(USERS.read_text())) as servers:
+        yield servers
+
+
+async def test_another_queue_needs_the_permissions_of_the_docs(
+    installation_with_queue: Installation, tmp_path: Path
+) -> None:
+    installation = installation_with_queue
+    queue = QueueInfo("sdxl", Task.TEXT_TO_IMAGE, "org/sdxl")
+    await create_queue(installation.settings("admin", consumer_ack_wait="2"), queue)
+    for folder in ("own", "other"):
+        (tmp_path / folder).mkdir()
+    own = start_worker(installation, Task.TEXT_TO_IMAGE, tmp_path / "own", CONSUMER_QUEUE="sdxl")
+    other = start_worker(installation, Task.IMAGE_TO_TEXT, tmp_path / "other")
+    gateway = ForkedGateway("g", installation.environment("gateway"), log=tmp_path / "log")
+    processes = (own, other, gateway)
+    try:
+        await asyncio.to_thread(gateway.start)
+        for process in processes:
+            await asyncio.to_thread(process.wait_ready)
+        async with asyncio.timeout(WITHIN), installation.generation_client() as client:
+            event = await client.text_to_image("a", model="org/sdxl", num_inference_steps=2)
+            assert event.queue == "sdxl"
+            own.stop()
+            waiting = await client.submit(TextToImageRequest(prompt="a"), queue="sdxl")
+            assert (await client.cancel(waiting)).status == "cancelled"
+        async with httpx2.AsyncClient(base_url=gateway.url, timeout=WITHIN) as http:
+            job = {"task": "text_to_image", "prompt": "a", "model": "sdxl"}
+            submitted = (await http.post("/v1/jobs", json=job)).json()
+            assert (submitted["queue"], submitted["position"]) == ("sdxl", 0)
+            assert len((await http.get("/v1/queue")).json()["queues"]) == 3
+    finally:
+        for process in processes:
+            process.kill()
+    for process in processes:
+        assert "ermissions violation" not in process.log_since_start()
+
+
 async def test_a_worker_can_take_over_the_request_of_a_killed_worker(
     installation: Installation, tmp_path: Path
 ) -> None:
@@ -399,6 +455,7 @@ FORBIDDEN_PUBLICATIONS = [
     ("endpoints", "generation.request.other.x"),
     ("endpoints", "$JS.API.STREAM.MSG.GET.GENERATION_RESULTS"),
     ("endpoints", "$JS.API.STREAM.INFO.GENERATION_RESULTS"),
+    ("endpoints", "$JS.API.STREAM.LIST"),
     ("endpoints", "$SRV.PING.other.x"),
     ("publisher", "generation.request.other"),
     ("publisher", "_INBOX_worker.x"),
@@ -412,7 +469,6 @@ FORBIDDEN_PUBLICATIONS = [
     ("gateway", "_INBOX_endpoints.x"),
     ("gateway", "_INBOX_sender.x"),
     ("gateway", "$SRV.STATS.generation"),
-    ("gateway", "$JS.API.STREAM.LIST"),
     ("gateway", "$JS.API.STREAM.INFO.GENERATION_DEAD_LETTERS"),
     ("gateway", "$JS.API.STREAM.MSG.GET.GENERATION_DEAD_LETTERS"),
     ("gateway", "$JS.API.STREAM.MSG.GET.GENERATION_RELEASES"),
@@ -582,6 +638,7 @@ async def test_replies_of_the_server_do_not_purge_or_delete(
             b"",
         ],
         f"$JS.API.CONSUMER.INFO.{REQUESTS}.text_to_image": [b""],
+        "$JS.API.STREAM.LIST": [b"", b'{"subject":"generation.none"}'],
         "generation.request.text_to_image.kept": [b"{}"],
         "generation.request.image_to_text": [b"{}"],
     }

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 
 from consumer.app.daemon import Daemon
 from consumer.jobs.image_stages import ImageStages
+from consumer.jobs.served_model import ServedModel
 from consumer.media.provenance import provenance_of
 from consumer.ports.model import GeneratedImage, RunnerOutput
 from consumer.settings import Settings
@@ -135,6 +136,7 @@ def stages_of(world: MemoryWorld, **settings_of_images: bool) -> ImageStages:
         services,
         model=world.runner.description,
         runner=world.runner,
+        served=ServedModel(settings.queue, world.runner.description.info.id),
     )
     return executor._image_stages
 

@@ -30,9 +30,9 @@ export class ActiveView {
     this.#scheduleDraw();
   }
 
-  /** Show how many jobs wait and run. @param {{tasks: Object[]}} queue */
-  showQueue({ tasks }) {
-    setText(byId("queue"), tasks.map(queueText).filter(Boolean).join(" · "));
+  /** Show how many jobs wait and run. @param {{queues: Object[]}} queue */
+  showQueue({ queues }) {
+    setText(byId("queue"), queues.map(queueText).filter(Boolean).join(" · "));
   }
 
   // Many events may arrive between two frames. One draw covers them all.
@@ -203,10 +203,10 @@ function runningText(task, progress) {
 
 const TASKS = { text_to_image: "Drawing", image_to_text: "Questions" };
 
-function queueText({ task, waiting, running, pace_seconds: pace }) {
+function queueText({ queue, waiting, running, pace_seconds: pace }) {
   if (!waiting && !running) return "";
   const each = pace ? `, ${formatDuration(pace)} each` : "";
-  return sentence(`${TASKS[task] ?? task}: ${running} running, ${waiting} waiting${each}`).slice(
+  return sentence(`${TASKS[queue] ?? queue}: ${running} running, ${waiting} waiting${each}`).slice(
     0,
     -1,
   );

@@ -36,7 +36,10 @@ const detail = new Detail(results, actions);
 const feed = new Feed(active, {
   onConnection: showConnection,
   onEnded,
-  onQueue: (queue) => view.showQueue(queue),
+  onQueue: (queue) => {
+    view.showQueue(queue);
+    composer.showModels(queue);
+  },
   onStarted: (event) => composer.showDefaults(event),
 });
 const openKeyDialog = bindKeyDialog((replaced) => {

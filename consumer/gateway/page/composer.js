@@ -36,6 +36,7 @@ export class Composer {
   #unconfirmed = { body: "", key: "" }; // a request without a response; the gateway may have it
   #sending = false;
   #task = "text_to_image"; // the task that the fields show
+  #queues = [];
   #others = { prompt: "", seed: "" }; // values of the task that is not shown
 
   /** @param {(doc: Object) => void} onSubmitted Called with the document of the new job. */
@@ -100,6 +101,7 @@ export class Composer {
     const { prompt = "", negativePrompt = "", request = {} } = job.input;
     const format = { "image/webp": "webp", "image/jpeg": "jpeg" }[job.imageOutputs[0]?.media_type];
     const parameters = { ...request, ...job.result?.parameters };
+    this.#set("model", job.queue === job.task ? "" : job.queue);
     this.#set("prompt", prompt);
     this.#set("negative_prompt", job.task === "text_to_image" ? negativePrompt : "");
     this.#set("output_format", format ?? request.output_format ?? "png");
@@ -117,6 +119,12 @@ export class Composer {
     if (!this.#fields.prompt.value.trim()) this.#set("prompt", FIRST_QUESTION);
     this.#focusPrompt();
     this.#fields.prompt.select();
+  }
+
+  /** Offer the models of all queues of the task. @param {{queues: Object[]}} answer */
+  showModels({ queues }) {
+    this.#queues = queues;
+    this.#drawModels();
   }
 
   /** Show the defaults of the model as placeholders. @param {Object} event A started event. */
@@ -154,6 +162,7 @@ export class Composer {
     const negativePrompt =
       task === "text_to_image" ? this.#fields.negative_prompt.value.trim() : "";
     const request = { task, prompt };
+    if (this.#fields.model.value) request.model = this.#fields.model.value;
     for (const name of NUMBERS[task]) {
       if (this.#fields[name].value !== "") request[name] = this.#fields[name].valueAsNumber;
     }
@@ -231,8 +240,25 @@ export class Composer {
       }
     }
     this.#task = task;
+    this.#drawModels();
     this.#show();
     this.#saveDraft();
+  }
+
+  /** Fill the list of models; it is hidden while the task has only its default queue. */
+  #drawModels() {
+    const offered = this.#queues.filter((queue) => queue.task === this.#task);
+    const options = offered.map((each) => ({
+      text: each.model,
+      value: each.queue === each.task ? "" : each.queue,
+    }));
+    const select = this.#fields.model;
+    const shown = [...select.options].map(({ text, value }) => ({ text, value }));
+    byId("model-field").hidden = options.length < 2;
+    if (JSON.stringify(shown) === JSON.stringify(options)) return; // the list may be open
+    const chosen = select.value;
+    select.replaceChildren(...options.map(({ text, value }) => new Option(text, value)));
+    select.value = options.some(({ value }) => value === chosen) ? chosen : "";
   }
 
   #set(name, value) {

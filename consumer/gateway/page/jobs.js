@@ -11,7 +11,7 @@ const SENT_LIMIT = 40; // requests that the tab stores for a reload
 export class Job {
   /** @param {Object} doc The API's job document. */
   constructor(doc) {
-    Object.assign(this, { id: doc.id, task: doc.task, state: "queued", created: null });
+    Object.assign(this, { id: doc.id, task: doc.task, queue: doc.queue, state: "queued", created: null });
     Object.assign(this, { position: null, estimatedStart: null, progress: null });
     Object.assign(this, { attempt: 0, sequence: -1, text: "", textBroken: false, preview: null });
     Object.assign(this, { result: null, error: null, metadata: {}, cancelling: false });
