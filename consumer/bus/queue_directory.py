@@ -15,6 +15,7 @@ from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.server_texts import is_permission_error
 from generation_client.queue_list import STREAM_LIST, QueuesUnreadable, list_queues
 from generation_contracts import Subjects, Task
+from generation_contracts.base import DEFAULT_QUEUES
 from generation_contracts.queues import QueueInfo, default_queues, queue_for
 
 log = structlog.get_logger()
@@ -53,7 +54,7 @@ class QueueDirectory:
         Raises:
             BusUnavailable: The server does not answer.
         """
-        if model is None:
+        if model is None and task in DEFAULT_QUEUES:
             return str(task)
         found = queue_for(model, task, (await self.queues()).values())
         return None if found is None else found.name

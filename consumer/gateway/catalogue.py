@@ -138,7 +138,7 @@ class Catalogue:
     def _find(self, name: str | None, task: Task) -> Model | None:
         if self._read_at is None:
             return None
-        default = self._queues.get(str(task), QueueInfo(str(task), task))
+        default = queue_for(None, task, self._queues.values()) or QueueInfo(str(task), task)
         if not name or name == task:
             return self._of(default)[0]
         if name in self._queues and self._queues[name].task == task:

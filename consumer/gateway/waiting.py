@@ -123,7 +123,7 @@ class Sender:
                     await catalogue.find(step.model, Task(step.task))
                 except ApiError as error:
                     raise replace(error, param=error.param and f"then.{number}.model") from None
-        if request.model is None:
+        if request.model is None and request.task in DEFAULT_QUEUES:
             return str(request.task)
         return (await catalogue.find(request.model, request.task)).queue
 

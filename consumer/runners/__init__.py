@@ -27,7 +27,8 @@ __all__ = ["ModelConfig", "ModelRunner", "create_runner", "find_setting_errors"]
 
 def create_runner(task: Task, config: ModelConfig) -> ModelRunner:
     """Create a runner for a task; `load` loads the model."""
-    if not config.model_id:  # the demonstration model has defaults that MODEL_DEFAULTS overrides
-        defaults = {**(runner_spec(task).demonstration or {}), **config.defaults}
+    best = runner_spec(task).demonstration
+    if not config.model_id and best is not None:  # MODEL_DEFAULTS overrides the best settings
+        defaults = {**best, **config.defaults}
         return DemonstrationRunner(task, replace(config, defaults=defaults))
     return ModelRunner(task, config)

@@ -62,6 +62,7 @@ from generation_contracts import (
     request_digest,
 )
 from generation_contracts.artifacts import ImageSource
+from generation_contracts.base import DEFAULT_QUEUES
 from generation_contracts.queues import QueueInfo, queue_for
 from generation_contracts.requests import digest_of_bytes
 from generation_contracts.servers import parse_servers
@@ -393,13 +394,14 @@ class GenerationClient:
     async def queue_for(self, request: Request) -> str:
         """Return the name of the queue for the model of a request.
 
-        Without `model`, this is the default queue of the task and the server is not asked.
+        Without `model`, this is the default queue of the task and the server is not asked. A task
+        without a default queue needs `model`, unless it has one queue only.
 
         Raises:
             RequestInvalid: No queue serves this model.
             ServiceUnavailable: See `queues`.
         """
-        if request.model is None:
+        if request.model is None and request.task in DEFAULT_QUEUES:
             return str(request.task)
         found = queue_for(request.model, request.task, await self.queues())
         if found is None:
