@@ -213,7 +213,10 @@ def _libraries(model: ModelDescription) -> str:
 
 
 async def _generate(runner: Runner, queue: RunQueue, task: Task) -> str:
-    request, images = runner_spec(task).sample()
+    sample = runner_spec(task).sample()
+    if sample is None:
+        return "loaded and not run: only its author knows a request"
+    request, images = sample
     start = time.perf_counter()
     runner.check(request)
     ticket = queue.put()

@@ -6,8 +6,10 @@ Each command imports its own modules, so that `--help` and the light commands ne
 import asyncio
 import gc
 import json
+import keyword
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -423,6 +425,26 @@ def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
         return 0 if line == "cancelled" else EXIT_FAILED
 
     sys.exit(_with_client(settings, cancel_and_wait))
+
+
+@cli.group()
+def new() -> None:
+    """Write files to begin with."""
+
+
+@new.command("runner")
+@click.argument("name")
+def new_runner(name: str) -> None:
+    """Write a custom runner NAME.py and its test into the working directory."""
+    from consumer.app.new_runner import NameTaken, write_runner
+
+    if re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) is None or keyword.iskeyword(name):
+        _fail("NAME: lower-case letters, digits and single _, such as my_model", EXIT_USAGE)
+    try:
+        runner, test = _guarded(lambda: write_runner(name, Path.cwd()))
+    except NameTaken as error:
+        _fail(str(error), EXIT_USAGE)
+    click.echo(f"wrote {runner.name} and {test.name}; try: pytest {test.name}")
 
 
 @cli.group()

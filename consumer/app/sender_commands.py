@@ -1,6 +1,7 @@
 """`consumer request`: send a request, show its progress, save its outputs."""
 
 import asyncio
+import json
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -19,6 +20,7 @@ from generation_client import GenerationClient, new_request_id
 from generation_contracts import (
     TASKS,
     FailedEvent,
+    JsonOutput,
     ProgressEvent,
     Request,
     StartedEvent,
@@ -259,6 +261,8 @@ def summary(event: ResultEvent, saved: list[Path], *, shown: str = "") -> str:
         return "cancelled"
     texts = [output.text for output in event.outputs if isinstance(output, TextOutput)]
     lines = [text for text in texts if text != shown]
+    values = [output.value for output in event.outputs if isinstance(output, JsonOutput)]
+    lines += [json.dumps(value, indent=2, ensure_ascii=False) for value in values]
     lines += [f"saved {file}" for file in saved]
     lines += [f"note: {warning}" for warning in event.warnings]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The options of `consumer request TASK`, derived from the fields of the task's request."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
@@ -14,11 +15,27 @@ _TYPES = (int, float, str)
 _SHARED = {"seed"}  # an option of every task
 
 
+class _JsonObject(click.ParamType[Any]):
+    """A JSON object."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the object as a dictionary."""
+        try:
+            found = value if isinstance(value, dict) else json.loads(value)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            self.fail('must be a JSON object, for example {"name": 1}', param, ctx)
+        return found
+
+
 def decorators(spec: TaskSpec) -> Iterator[Decorator]:
     """Yield the click decorators of a task's arguments and options, in the order of the help.
 
-    A list of images that a request needs is an argument, one that it may have is `--image`. A field
-    with a map and the one for previews have no option.
+    A list of images that a request needs is an argument, one that it may have is `--image`. The
+    field for previews has no option.
     """
     fields = spec.request.model_fields
     for name in spec.image_fields:
@@ -44,6 +61,8 @@ def _option(shown: str, name: str, field: FieldInfo) -> Iterator[Decorator]:
     text = f"{described[0].upper()}{described[1:]}." if described else None
     if kind is bool:
         yield click.option(option, name, is_flag=True, default=None, help=text)
+    elif kind is dict:
+        yield click.option(option, name, type=_JsonObject(), metavar="JSON", help=text)
     elif get_origin(kind) is Literal:
         yield click.option(option, name, type=click.Choice(get_args(kind)), help=text)
     elif kind in _TYPES:
@@ -55,4 +74,4 @@ def _type(annotation: Any) -> Any:
     members = [each for each in get_args(annotation) if each is not type(None)]
     if get_origin(annotation) is Literal or not members:
         return annotation
-    return _type(members[0]) if get_origin(annotation) is not dict else dict
+    return dict if get_origin(annotation) is dict else _type(members[0])

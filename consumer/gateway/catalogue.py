@@ -13,8 +13,9 @@ from consumer.bus.services import Metadata
 from consumer.gateway.errors import ApiError, of_error
 from generation_client import ServiceUnavailable
 from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from generation_contracts.fields import MAX_MODEL_NAME
-from generation_contracts.queues import QueueInfo, default_queues, is_named
+from generation_contracts.queues import QueueInfo, default_queues, is_named, queue_for
 
 log = structlog.get_logger()
 
@@ -139,8 +140,9 @@ class Catalogue:
         if self._read_at is None:
             return None
         default = queue_for(None, task, self._queues.values()) or QueueInfo(str(task), task)
+        exists = task in DEFAULT_QUEUES or default.name in self._queues
         if not name or name == task:
-            return self._of(default)[0]
+            return self._of(default)[0] if exists else None
         if name in self._queues and self._queues[name].task == task:
             return self._of(self._queues[name])[0]
         queues = [default, *(q for q in self._queues.values() if q.task == task and q != default)]
@@ -148,7 +150,7 @@ class Catalogue:
         exact = (model for model in models if model.name == name)
         close = (model for model in models if is_named(name, [model.name]))
         found = next(exact, None) or next(close, None)
-        if found is None and self._succeeded and default.model is None:
+        if found is None and exists and self._succeeded and default.model is None:
             accepts_any = not self._is_seen(task, name)
             return _model(default, name, is_loaded=False) if accepts_any else None
         return found

@@ -22,6 +22,7 @@ from consumer.gateway.tenants import Caller
 from generation_client import AnyEvent, RequestCancelled, RequestTooLarge
 from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent, Task
 from generation_contracts import Request as GenerationRequest
+from generation_contracts.base import DEFAULT_QUEUES
 
 R = TypeVar("R", bound=GenerationRequest)
 

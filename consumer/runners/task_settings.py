@@ -25,7 +25,7 @@ class RunnerSpec:
         settings: The fields of `ModelConfig` that other tasks may not know.
         is_pipeline: Whether the model is a diffusers pipeline, else a model of transformers.
         smallest: Returns the smallest request that uses all features of a model, and its images.
-        sample: Returns a request with all defaults, and its images.
+        sample: Returns a request with all defaults, and its images; None if none is known.
         loads_weights: Whether it loads a model of diffusers or transformers, which all the other
             settings of `ModelConfig` are about.
         setting_errors: Yields what is wrong with settings that only this task has.
@@ -37,7 +37,7 @@ class RunnerSpec:
     settings: frozenset[str]
     is_pipeline: bool
     smallest: Callable[[ModelDescription], TrialInputs]
-    sample: Callable[[], TrialInputs]
+    sample: Callable[[], TrialInputs | None]
     loads_weights: bool = True
     setting_errors: Callable[[ModelConfig], Iterable[str]] = lambda _: ()
     demonstration: Mapping[str, int | float | str] | None = None

@@ -18,17 +18,15 @@ from generation_contracts import (
     FailedEvent,
     FileArtifact,
     ImageArtifact,
-    ImageToTextStep,
     JsonOutput,
     StartedEvent,
     Task,
-    TextOutput,
 )
 from tests.support import tiny_classifier
 from tests.support.scene import Scene
 
 RUNNER = "custom_runner"
-BROKEN = '''
+BROKEN = """
 from generation_runner import *
 from pydantic import BaseModel
 
@@ -49,7 +47,7 @@ class Wrong(Runner):
 class Raises(Runner):
     def run(self, parameters, context):
         raise ValueError("a secret of the request")
-'''
+"""
 
 
 @pytest.fixture
@@ -186,9 +184,7 @@ async def test_a_custom_run_is_cancelled_at_its_next_step(
     started = asyncio.Event()
     request_id = new_request_id()
     running = asyncio.ensure_future(
-        client.generate(
-            Task.CUSTOM, request_id=request_id, on_event=lambda _: started.set()
-        )
+        client.generate(Task.CUSTOM, request_id=request_id, on_event=lambda _: started.set())
     )
     await started.wait()
     assert (await client.cancel(request_id)).status == "stopping"

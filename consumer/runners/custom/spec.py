@@ -48,7 +48,7 @@ SPEC = RunnerSpec(
     settings=frozenset({"runner"}),
     is_pipeline=False,
     smallest=_smallest,
-    sample=lambda: (CustomRequest(), []),
+    sample=lambda: None,
     setting_errors=setting_errors,
     loads_weights=False,
 )

@@ -1,4 +1,4 @@
-"""No fault: the runner of the settings, from the folder with the examples or with a test's files."""
+"""No fault: the runner of the settings, from the folder of the examples or of a test."""
 
 import os
 import sys
