@@ -37,7 +37,7 @@ class $name(Runner[${name}Parameters]):
         return Image(image)
 ''')
 
-_TEST = Template('''"""Tests of $module.py, without a worker and a server: `pytest test_$module.py`."""
+_TEST = Template('''"""Tests of $module.py, without a worker: `pytest test_$module.py`."""
 
 import pytest
 from PIL import Image as PillowImage

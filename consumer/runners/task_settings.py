@@ -37,7 +37,7 @@ class RunnerSpec:
     settings: frozenset[str]
     is_pipeline: bool
     smallest: Callable[[ModelDescription], TrialInputs]
-    sample: Callable[[], TrialInputs | None]
+    sample: Callable[[], "TrialInputs | None"]
     loads_weights: bool = True
     setting_errors: Callable[[ModelConfig], Iterable[str]] = lambda _: ()
     demonstration: Mapping[str, int | float | str] | None = None

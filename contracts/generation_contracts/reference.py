@@ -146,6 +146,8 @@ def _type(document: Document, field: Document) -> str:  # noqa: PLR0911 - one li
         target = _resolved(document, field)
         if "enum" in target:
             return _choice(target["enum"])
+        if "title" not in target:  # the schema of any JSON value is empty
+            return "anything"
         title = str(target["title"])
         return f"[{title}](#{title.lower()})"
     for key in ("anyOf", "oneOf"):
