@@ -23,11 +23,18 @@ from consumer.app.check import check
 from consumer.app.dead_letter_commands import replay
 from consumer.app.queue_commands import create_queue
 from consumer.bus.connection import BusUnavailable, connect
+from consumer.bus.queue_directory import QueueDirectory
 from consumer.bus.queue_length import QueueLength
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from generation_client import GenerationClient, RequestCancelled, ServiceUnavailable, submitting
-from generation_contracts import ImageToTextStep, Task, TextOutput, TextToImageRequest
+from generation_contracts import (
+    ImageToTextStep,
+    Subjects,
+    Task,
+    TextOutput,
+    TextToImageRequest,
+)
 from generation_contracts.queues import QueueInfo
 from tests.support.forked import ForkedGateway, ForkedWorker
 from tests.support.quick_runner import FOLDER
@@ -276,6 +283,42 @@ async def test_a_gateway_has_the_permissions_that_it_needs(
         for line in map(json.loads, gateway.log_since_start().splitlines())
         if line["event"] != "gateway_without_keys"
     }
+
+
+@pytest.fixture
+def installation_of_an_earlier_version(tmp_path: Path) -> Iterator[Installation]:
+    users = USERS.read_text().replace('"$JS.API.STREAM.LIST"', "")
+    with installed(tmp_path, users=users) as servers:
+        yield servers
+
+
+async def test_without_the_permission_to_list_streams_the_default_queues_work(
+    installation_of_an_earlier_version: Installation,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installation = installation_of_an_earlier_version
+    worker = start_worker(installation, Task.TEXT_TO_IMAGE, tmp_path)
+    bus = await connect(installation.settings("gateway"), name="gateway", within=WITHIN)
+    try:
+        await asyncio.to_thread(worker.wait_ready)
+        async with asyncio.timeout(WITHIN), installation.generation_client() as client:
+            assert (await client.text_to_image("a", num_inference_steps=2)).queue is None
+            assert (await client.cancel("none")).status == "unknown"
+            with pytest.raises(
+                ServiceUnavailable, match=r"may not publish to \$JS.API.STREAM.LIST"
+            ):
+                await client.queues()
+        directory = QueueDirectory(bus, Subjects())
+        assert list(await directory.queues()) == list(Task)
+        requests: list[str] = []
+        monkeypatch.setattr(bus, "request", lambda subject, *_, **__: requests.append(subject))
+        directory.expire()
+        assert list(await directory.queues()) == list(Task)
+        assert requests == []  # the refused list is not read again for a minute
+    finally:
+        worker.kill()
+        await bus.close()
 
 
 def with_queue(users: str) -> str:

@@ -151,6 +151,8 @@ async def test_calls_of_the_task_are_routed_by_model(
     assert (default["type"], "queue" in default) == (SUCCEEDED, False)
     own = await caller.client.request(scene.subjects.call(FAST), b'{"prompt": "a"}', timeout=WITHIN)
     assert json.loads(own.data)["queue"] == FAST
+    requests = scene.subjects.requests_stream(FAST)
+    before = (await scene.sender.jetstream().stream_info(requests)).state.last_seq
     wrong = await caller.client.request(
         scene.subjects.call(FAST), b'{"prompt": "a", "model": "other"}', timeout=WITHIN
     )
@@ -158,6 +160,8 @@ async def test_calls_of_the_task_are_routed_by_model(
     assert (refused["type"], refused["queue"]) == (FAILED, FAST)
     assert refused["failure"]["code"] == "unsupported_parameter"
     assert FAST_MODEL in refused["failure"]["message"]
+    after = (await scene.sender.jetstream().stream_info(requests)).state.last_seq
+    assert after == before  # the endpoint has refused it, and stored nothing
 
 
 async def test_a_model_that_no_queue_serves_is_refused_at_once(
