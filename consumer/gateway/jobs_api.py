@@ -82,7 +82,7 @@ def _job_body(spec: TaskSpec) -> type[BaseModel]:
     fields: dict[str, Any] = {"task": (Literal[str(spec.task)], ...)}
     for name, info in spec.request.model_fields.items():
         if name not in inherited:
-            fields[name] = (Annotated[info.annotation, *info.metadata], info)
+            fields[name] = (info.annotation, info)
     name = spec.request.__name__.replace("Request", "Job")
     return create_model(name, __base__=base, __doc__=spec.request.__doc__, **fields)
 

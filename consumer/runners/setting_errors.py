@@ -123,7 +123,7 @@ def in_use(config: ModelConfig, fields: Iterable[str]) -> tuple[str, ...]:
     """Return the names of the settings among `fields` that differ from their defaults."""
     unset = ModelConfig()
     return tuple(
-        f"MODEL_{field.upper()}"
+        "MODEL_ID" if field == "model_id" else f"MODEL_{field.upper()}"
         for field in fields
         if getattr(config, field) != getattr(unset, field)
     )

@@ -107,13 +107,13 @@ class Runner(ABC, Generic[P]):
 
     def run_batch(
         self, parameters: Sequence[P], contexts: Sequence[Context]
-    ) -> Sequence[Output | Sequence[Output] | None]:
+    ) -> Sequence[Output | Sequence[Output]]:
         """Run several requests with equal `batch_key`; see CONSUMER_MAX_BATCH.
 
         Here `Context.step` does not raise: the others of the batch go on.
 
         Returns:
-            The outputs of each request, in their order; None for a request that was cancelled.
+            The outputs of each request, in their order; those of a cancelled request are dropped.
         """
         raise NotImplementedError
 

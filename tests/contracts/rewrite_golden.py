@@ -16,7 +16,6 @@ from generation_contracts import (
     Subjects,
     Task,
     TerminalEvent,
-    TextToImageRequest,
     UploadReply,
     UploadRequest,
     encode,
@@ -30,9 +29,8 @@ MESSAGES = {**REQUESTS, **EVENTS, **REPLIES, **UPLOADS}
 
 
 def task_of(message: Any) -> Task:
-    if isinstance(message, EventBase):
-        return message.task
-    return Task.TEXT_TO_IMAGE if isinstance(message, TextToImageRequest) else Task.IMAGE_TO_TEXT
+    task: Task = message.task
+    return task
 
 
 def golden(message: Any) -> dict[str, Any]:

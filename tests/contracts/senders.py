@@ -11,8 +11,9 @@ IMAGE = "s3://generation/inputs/0.png"
 BASES: dict[Task, dict[str, Any]] = {
     Task.TEXT_TO_IMAGE: {"prompt": "a red circle"},
     Task.IMAGE_TO_TEXT: {"prompt": "what is it?", "images": [IMAGE]},
+    Task.CUSTOM: {"parameters": {}},
 }
-TEXT_TO_IMAGE, IMAGE_TO_TEXT = Task
+TEXT_TO_IMAGE, IMAGE_TO_TEXT, CUSTOM = Task
 
 
 def decode(task: Task, fields: dict[str, Any]) -> Request:

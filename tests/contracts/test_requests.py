@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from generation_contracts import InvalidRequest, Task, decode_request, encode
 from generation_contracts.examples import REQUESTS
-from tests.contracts.senders import BASES, IMAGE_TO_TEXT, TEXT_TO_IMAGE, decode, refusal
+from tests.contracts.senders import BASES, CUSTOM, IMAGE_TO_TEXT, TEXT_TO_IMAGE, decode, refusal
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,14 @@ def test_last_of_two_equal_keys_is_used() -> None:
     assert request.prompt == "last"
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", [TEXT_TO_IMAGE, IMAGE_TO_TEXT])
 def test_error_names_all_missing_fields(task: Task) -> None:
     fields = {p["field"] for p in refusal(task, b"{}").problems}
     assert fields == {"prompt"} | ({"images"} if task is IMAGE_TO_TEXT else set())
+
+
+def test_a_custom_request_has_no_required_field() -> None:
+    assert decode_request(CUSTOM, b"{}") == decode_request(CUSTOM, b'{"parameters": {}}')
 
 
 def test_an_unknown_field_is_named_before_the_missing_field() -> None:

@@ -19,7 +19,7 @@ from tests.contracts.test_request_fields import LIMITS, TYPES
 
 SCHEMAS = json_schemas()
 VALIDATORS = {name: Draft202012Validator(schema) for name, schema in SCHEMAS.items()}
-REQUEST_SCHEMAS = {TEXT_TO_IMAGE: "TextToImageRequest", IMAGE_TO_TEXT: "ImageToTextRequest"}
+REQUEST_SCHEMAS = {task: spec.request.__name__ for task, spec in TASKS.items()}
 
 # Values that JSON Schema cannot exclude, or that this validator accepts: it accepts 512.0 as an
 # integer, does not check formats, and its `$` allows a line break at the end.

@@ -5,7 +5,7 @@ import pytest
 from generation_contracts import Subjects, Task, UnsafeReplySubject
 from generation_contracts.subjects import is_request_id
 
-TEXT_TO_IMAGE, IMAGE_TO_TEXT = Task
+TEXT_TO_IMAGE, IMAGE_TO_TEXT, CUSTOM = Task
 PREFIXES = ("_INBOX.", "generation.reply.")
 BAD_IDS = [
     "",

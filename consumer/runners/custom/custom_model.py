@@ -123,7 +123,7 @@ class CustomModel:
         if all(context.cancelled for context in contexts):
             raise Interrupted
         return [
-            None if each is None or context.cancelled else generated(each, context)
+            None if context.cancelled else generated(each, context)
             for each, context in zip(made, contexts, strict=True)
         ]
 

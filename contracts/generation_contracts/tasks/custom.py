@@ -70,6 +70,11 @@ SPEC = TaskSpec(
     image_fields=("images",),
     examples={
         "custom_minimal": {"parameters": {"frequency": 440}},
+        "custom_in_a_chain": {
+            "request_id": "poster-0001-2",
+            "images": ["s3://generation/text_to_image/poster-0001/0.png"],
+            "chain": {"id": "poster-0001", "step": 2},
+        },
         "custom_full": {
             "request_id": "upscaled-0001",
             "reply_to": "generation.reply.posters",
@@ -114,7 +119,7 @@ SPEC = TaskSpec(
                     "size": 88244,
                     "media_type": "audio/wav",
                 },
-                {"kind": "json", "value": {"labels": ["lighthouse"], "scores": [0.93]}},
+                {"kind": "json", "value": ["lighthouse", 0.93]},
             ],
             "model": {
                 "id": "upscaler",
@@ -125,7 +130,6 @@ SPEC = TaskSpec(
             },
             "parameters": {"seed": 7},
             "timings": {"queued": 0.5, "inference": 1.5, "upload": 0.25},
-            "ai_generated": True,
         }
     },
 )
