@@ -129,7 +129,8 @@ def up(directory: Path, console: Console) -> int:
 def _task_settings(task: Task) -> dict[str, str]:
     """Return the settings of a worker that are not inherited from the environment."""
     # The other variables of a model may be meant for only one of the two workers.
-    own = ("MODEL_ID", "MODEL_DEFAULTS", "MODEL_ADAPTERS", "MODEL_SAFETY_CHECKER", "CONSUMER_NAME")
+    model = ("MODEL_ID", "MODEL_DEFAULTS", "MODEL_ADAPTERS", "MODEL_SAFETY_CHECKER")
+    own = (*model, "CONSUMER_NAME", "CONSUMER_QUEUE")
     return {**dict.fromkeys(own, ""), "MODEL_TYPE": str(task)}
 
 

@@ -97,7 +97,7 @@ class JobLines:
 
 
 def job_line(event: ResultEvent, started: StartedEvent | None) -> str:
-    """Return the line about a job that has ended: end, state, seconds, task, worker and id.
+    """Return the line about a job that has ended: end, state, seconds, queue, worker and id.
 
     Args:
         event: The terminal event.
@@ -110,7 +110,7 @@ def job_line(event: ResultEvent, started: StartedEvent | None) -> str:
 
 
 def running_line(started: StartedEvent, progress: ProgressEvent | None, now: datetime) -> str:
-    """Return the line about a running job: start, seconds, task, worker, id and steps.
+    """Return the line about a running job: start, seconds, queue, worker, id and steps.
 
     Args:
         started: The event of its start.
@@ -130,5 +130,5 @@ def _line(
 ) -> str:
     """Return the columns of all lines."""
     shown = "" if seconds is None else f"{seconds:.1f} s"
-    where = f"{event.task:<13}  {event.worker}  {event.request_id}"
+    where = f"{event.queue_name:<13}  {event.worker}  {event.request_id}"
     return f"{time.astimezone():%H:%M:%S}  {state:<9}  {shown:>8}  {where}  {note}".rstrip()

@@ -182,7 +182,7 @@ async def test_table_has_no_terminal_control_characters(scene: Scene) -> None:
     done = await dead_letters(scene, "list")
     assert done.code == 0
     heading, first, second = done.lines
-    assert heading.split()[:3] == ["SEQUENCE", "STORED", "TASK"]
+    assert heading.split()[:3] == ["SEQUENCE", "STORED", "QUEUE"]
     assert first.split()[0] == "1"
     assert "r-1" in first.split()
     assert first.rstrip().endswith("[red]x[/red]?[2J" + "y" * 300)

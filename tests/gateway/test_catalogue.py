@@ -16,6 +16,7 @@ from consumer.gateway.catalogue import Catalogue
 from consumer.gateway.errors import ApiError
 from consumer.settings import Settings
 from generation_contracts import Task
+from generation_contracts.queues import QueueInfo, default_queues
 
 FLUX = {"task": "text_to_image", "id": "black-forest-labs/FLUX.1-schnell", "worker": "a"}
 QWEN = {"task": "image_to_text", "id": "Qwen/Qwen2.5-VL-7B-Instruct", "worker": "b"}
@@ -212,3 +213,40 @@ async def test_a_query_returns_every_valid_reply(bus: Bus, client: RobustClient)
     await client.subscribe("$SRV.INFO.generation", cb=answer)
     await client.flush()
     assert await worker_metadata(bus) == [FLUX, QWEN]
+
+
+SDXL = QueueInfo("sdxl", Task.TEXT_TO_IMAGE, "stabilityai/sdxl-turbo")
+
+
+def catalogue_with_queue(workers: Workers) -> Catalogue:
+    async def queues() -> Mapping[str, QueueInfo]:
+        return {**default_queues(), SDXL.name: SDXL}
+
+    return Catalogue(workers.query, lambda: workers.time, queues)
+
+
+async def test_a_queue_is_listed_by_its_declared_model_without_workers() -> None:
+    catalogue = catalogue_with_queue(Workers())
+    assert await names_of(catalogue) == ["text_to_image", "image_to_text", SDXL.model]
+    for name in ("stabilityai/sdxl-turbo", "SDXL-Turbo", "sdxl"):
+        found = await catalogue.find(name, Task.TEXT_TO_IMAGE)
+        assert (found.queue, found.name, found.is_loaded) == ("sdxl", SDXL.model, False)
+    assert (await catalogue.find("sdxl-turbo", Task.IMAGE_TO_TEXT)).queue == "image_to_text"
+
+
+async def test_workers_of_a_queue_do_not_change_its_name_and_the_default_queue_keeps_its_own() -> (
+    None
+):
+    own = {"task": "text_to_image", "queue": "sdxl", "id": "folder", "worker": "c"}
+    catalogue = catalogue_with_queue(Workers(FLUX, own))
+    assert await names_of(catalogue) == [FLUX["id"], "image_to_text", SDXL.model]
+    assert (await catalogue.find("sdxl", Task.TEXT_TO_IMAGE)).is_loaded
+    assert (await catalogue.find(None, Task.TEXT_TO_IMAGE)).queue == "text_to_image"
+    with pytest.raises(ApiError) as raised:
+        await catalogue.find("other", Task.TEXT_TO_IMAGE)
+    assert raised.value.status == 404
+
+
+async def test_an_undeclared_default_queue_still_accepts_any_name() -> None:
+    catalogue = catalogue_with_queue(Workers())
+    assert (await catalogue.find("other", Task.TEXT_TO_IMAGE)).queue == "text_to_image"
