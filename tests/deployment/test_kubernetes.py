@@ -40,6 +40,7 @@ from consumer.gateway.serve import require_keys_if_reachable
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.settings import Settings
 from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.support.yaml_files import load_yaml, load_yaml_documents
 
 ROOT = Path(__file__).parents[2]
@@ -317,7 +318,7 @@ def test_daemon_settings_are_valid(
         assert settings.consumer_probes_host == "0.0.0.0"  # noqa: S104 - the kubelet connects from outside
         assert "command" not in container(deployment)  # the image's, with tini as process 1
         assert container(deployment)["args"] == ["run", "--config", "/etc/generation/s3/s3.toml"]
-    assert tasks == set(Task)
+    assert tasks == set(DEFAULT_QUEUES)
 
 
 def test_apply_serves_both_tasks(
@@ -608,7 +609,7 @@ def triggers() -> Iterator[tuple[Task, Manifest]]:
     """Yield each task with the trigger of its ScaledObject."""
     scaled = {each["metadata"]["name"]: each for each in of_kind(written(), "ScaledObject")}
     assert len(scaled) == len(Task)
-    for task in Task:
+    for task in DEFAULT_QUEUES:
         (trigger,) = scaled[str(task).replace("_", "-")]["spec"]["triggers"]
         yield task, trigger["metadata"]
 
@@ -654,7 +655,7 @@ async def test_scaler_counts_waiting_and_in_flight_requests(
     bus = await connect(settings, name="lag", within=10.0)
     try:
         await make_topology(settings, bus).apply(tuple(Task))
-        for task in Task:
+        for task in DEFAULT_QUEUES:
             assert lag(task) == 0
             for number in range(3):
                 subject = settings.subjects.request(task, f"{number}")

@@ -23,6 +23,7 @@ from consumer.gateway.metrics import GatewayMetrics
 from consumer.settings import Settings
 from consumer.telemetry import JobReport
 from generation_contracts import FailureCode, ModelInfo, Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.support.yaml_files import load_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -264,7 +265,7 @@ def test_alert_names_are_unique_and_tested() -> None:
 def test_queue_alert_fires_at_80_percent() -> None:
     (alert,) = [alert for alert in ALERTS if alert["alert"] == "GenerationQueueNearlyFull"]
     bounds = re.findall(r"/ (\d+) > 0\.8", alert["expr"])
-    for task in Task:
+    for task in DEFAULT_QUEUES:
         stream = ROOT / f"infra/nats/streams/GENERATION_REQUESTS_{task.upper()}.json"
         of = json.loads(stream.read_text())
         assert bounds == [str(of["max_msgs"]), str(of["max_bytes"])]
@@ -357,7 +358,7 @@ def test_prometheus_scrapes_workers_and_gateway_and_loads_the_rules() -> None:
         job["job_name"]: [target for one in job["static_configs"] for target in one["targets"]]
         for job in config["scrape_configs"]
     }
-    assert jobs["generation"] == [f"{task.replace('_', '-')}:8080" for task in Task]
+    assert jobs["generation"] == [f"{task.replace('_', '-')}:8080" for task in DEFAULT_QUEUES]
     assert jobs["gateway"] == [f"gateway:{Settings.model_fields['gateway_port'].default}"]
     assert [OBSERVABILITY / name for name in config["rule_files"]] == [
         OBSERVABILITY / "alerts.yaml"

@@ -15,7 +15,7 @@ from nats.aio.client import Client
 from consumer.app.apply import apply
 from consumer.devstack import DevStack
 from consumer.settings import Settings
-from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.support.forked import ForkedStack
 from tests.support.plain_s3 import plain_s3_client
 
@@ -30,7 +30,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
             asyncio.run(apply(Settings.load()))
         daemons = [
             stack.start_daemon(str(task), {"MODEL_TYPE": str(task), "CONSUMER_ACK_WAIT": "5"})
-            for task in Task
+            for task in DEFAULT_QUEUES
         ]
         for daemon in daemons:
             daemon.wait_ready()

@@ -16,6 +16,7 @@ from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
 from generation_client import GenerationClient
 from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.support.forked import ForkedStack
 
 WITHIN = 60.0  # seconds for an HTTP response
@@ -38,7 +39,8 @@ def system(stack: DevStack) -> DevStack:
     few_steps = {"MODEL_DEFAULTS": '{"num_inference_steps": 4}'}  # a quarter of the device time
     settings = {Task.TEXT_TO_IMAGE: few_steps, Task.IMAGE_TO_TEXT: {}}
     daemons = [
-        stack.start_daemon(str(task), {"MODEL_TYPE": str(task), **settings[task]}) for task in Task
+        stack.start_daemon(str(task), {"MODEL_TYPE": str(task), **settings[task]})
+        for task in DEFAULT_QUEUES
     ]
     for daemon in daemons:
         daemon.wait_ready()

@@ -15,7 +15,8 @@ from consumer.gateway.jobs import Job, Jobs
 from consumer.gateway.tenants import Caller, Tenant
 from consumer.settings import Settings
 from generation_client import GenerationClient
-from generation_contracts import Request, Task, TextToImageRequest
+from generation_contracts import Request, TextToImageRequest
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.support.scene import WITHIN, Scene
 
 ALICE = Caller(Tenant("alice", "alice000", b"a" * 32), "key-a")
@@ -72,7 +73,7 @@ async def open_jobs(
     bus = await connect(settings, name="gateway", within=WITHIN)
     client = GenerationClient(bus.client, root=scene.subjects.root)
     log = EventLog(seconds=seconds, most_bytes=2**24, quiet=quiet)
-    view = QueueView(bus, scene.subjects, {task: str(task) for task in Task})
+    view = QueueView(bus, scene.subjects, {task: str(task) for task in DEFAULT_QUEUES})
     limits = NoLimits()
     ids = JobList(view)
     jobs = Jobs(bus, client, settings, events=log, view=view, ids=ids, limits=limits)

@@ -8,7 +8,7 @@ import pytest
 from nats.aio.msg import Msg
 from openai import AsyncOpenAI, InternalServerError, NotFoundError
 
-from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.gateway.images import data_url, red_circle
 from tests.gateway.open_jobs import settings_of
 from tests.gateway.serving import serving
@@ -30,7 +30,7 @@ async def openai(scene: Scene) -> AsyncIterator[AsyncOpenAI]:
     """A client of a gateway, with a second worker of each task that takes no requests."""
 
     async def answer(message: Msg) -> None:
-        for task in Task:
+        for task in DEFAULT_QUEUES:
             metadata = {"task": str(task), "id": REQUESTED, "worker": "second"}
             await message.respond(json.dumps({"metadata": metadata}).encode())
 

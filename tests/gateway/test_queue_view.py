@@ -10,6 +10,7 @@ from nats.js import JetStreamContext
 from consumer.bus.connection import Bus, BusUnavailable, connect
 from consumer.bus.queue_view import QueueState, QueueView
 from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.gateway.open_jobs import settings_of
 from tests.support.scene import WITHIN, Scene
 
@@ -32,7 +33,7 @@ async def bus(scene: Scene) -> AsyncIterator[Bus]:
 
 @pytest.fixture
 def view(scene: Scene, bus: Bus) -> QueueView:
-    return EagerView(bus, scene.subjects, {task: str(task) for task in Task})
+    return EagerView(bus, scene.subjects, {task: str(task) for task in DEFAULT_QUEUES})
 
 
 async def worker(scene: Scene) -> JetStreamContext.PullSubscription:
@@ -162,14 +163,14 @@ async def test_positions_include_requests_without_an_id_in_their_subject(
 
 async def test_ended_requests_are_listed_with_their_tasks(scene: Scene, view: QueueView) -> None:
     jetstream = scene.sender.jetstream()
-    for task in Task:
+    for task in DEFAULT_QUEUES:
         await jetstream.publish(scene.subjects.result(task, f"of-{task}"), b"{}")
-    assert await view.ended() == {f"of-{task}": task for task in Task}
+    assert await view.ended() == {f"of-{task}": task for task in DEFAULT_QUEUES}
 
 
 async def test_concurrent_callers_share_one_read(scene: Scene, bus: Bus) -> None:
     await submit(scene, 5)
-    view = QueueView(bus, scene.subjects, {task: str(task) for task in Task})
+    view = QueueView(bus, scene.subjects, {task: str(task) for task in DEFAULT_QUEUES})
     before = bus.client.stats["out_msgs"]
     states = await asyncio.gather(*(view.state(TASK) for _ in range(100)))
     assert {state.waiting for state in states} == {5}
@@ -181,7 +182,7 @@ async def test_concurrent_callers_share_one_read(scene: Scene, bus: Bus) -> None
 
 
 async def test_the_view_recovers_after_a_server_outage(scene: Scene, bus: Bus) -> None:
-    view = QueueView(bus, scene.subjects, {task: str(task) for task in Task})
+    view = QueueView(bus, scene.subjects, {task: str(task) for task in DEFAULT_QUEUES})
     (request_id,) = await submit(scene, 1)
     await asyncio.to_thread(scene.stack.nats.kill)
     with pytest.raises(BusUnavailable):

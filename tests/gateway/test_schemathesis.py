@@ -16,7 +16,7 @@ from consumer.devstack import DevStack
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
-from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.gateway.images import data_url, red_circle
 from tests.support.forked import ForkedGateway, ForkedWorker
 from tests.support.quick_runner import FOLDER
@@ -78,7 +78,7 @@ def fuzzed(stack: DevStack, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             log=folder / f"{task}.log",
             cause="no_time",
         )
-        for task in Task
+        for task in DEFAULT_QUEUES
     ]
     keyed = {**environment, "GATEWAY_KEYS": str(keys.path)}
     gateways = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from generation_contracts import Subjects, Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.hostile.wire import Message, Wire, header_block
 from tests.soak.fates import UNFATED
 
@@ -241,7 +242,7 @@ class Attacker:
 
     def _id_in(self, subject: str) -> Id | None:
         *_, task, request_id = subject.split(".")
-        if task not in set(Task) or is_attackers(request_id, self.subjects):
+        if task not in set(DEFAULT_QUEUES) or is_attackers(request_id, self.subjects):
             return None
         return Id(Task(task), request_id)
 
@@ -285,7 +286,7 @@ def is_attackers(request_id: str, subjects: Subjects) -> bool:
 
     Honest senders give each request an id, and none that looks like those.
     """
-    derived = tuple(subjects.requests_stream(task) for task in Task)
+    derived = tuple(subjects.requests_stream(task) for task in DEFAULT_QUEUES)
     return (
         request_id.startswith((OWN.rstrip("-"), *derived))
         or _MADE_FOR_A_CALL.fullmatch(request_id) is not None

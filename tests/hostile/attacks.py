@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from generation_contracts import Task, headers
+from generation_contracts.base import DEFAULT_QUEUES
 from generation_contracts.headers import MESSAGE_ID, REPLY_TO
 from tests.hostile.attacker import Attacker, NoTarget
 from tests.soak.fates import Fate, seed_with
@@ -285,7 +286,7 @@ async def contradiction_with_running_id(attacker: Attacker) -> None:
 @attack
 async def copy_for_the_other_task(attacker: Attacker) -> None:
     victim = await attacker.victim()
-    (other,) = set(Task) - {victim.task}
+    (other,) = set(DEFAULT_QUEUES) - {victim.task}
     attacker.publish(attacker.request(other, victim.request_id), BAD)
 
 
@@ -307,17 +308,17 @@ async def message_ids_of_others(attacker: Attacker) -> None:
     for one in attacker.future()[:3] + list(attacker.running)[-2:]:
         chain = f"{one.request_id}-2"
         guesses = [
-            *(f"{task}.{one.request_id}{more}" for task in Task for more in ("", ".")),
-            *(f"{task}.{chain}{more}" for task in Task for more in ("", ".")),
-            *(f"{task}.{chain}.{root}.reply.{one.request_id}" for task in Task),
-            *(f"{task}.{one.request_id}.{root}.reply.{one.request_id}" for task in Task),
+            *(f"{task}.{one.request_id}{more}" for task in DEFAULT_QUEUES for more in ("", ".")),
+            *(f"{task}.{chain}{more}" for task in DEFAULT_QUEUES for more in ("", ".")),
+            *(f"{task}.{chain}.{root}.reply.{one.request_id}" for task in DEFAULT_QUEUES),
+            *(f"{task}.{one.request_id}.{root}.reply.{one.request_id}" for task in DEFAULT_QUEUES),
             f"{one.request_id}.done",
             f"{chain}.done",
             f"{requests}-{attacker.last_sequence + 1}-{int(time.time()):x}.dead",
             f"{requests}-{attacker.last_sequence + 1}-{int(time.time()):x}.retry",
         ]
         for guess in guesses:
-            for task in Task:
+            for task in DEFAULT_QUEUES:
                 attacker.publish(attacker.request(task), BAD, headers={MESSAGE_ID: guess})
 
 

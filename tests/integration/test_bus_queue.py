@@ -14,12 +14,13 @@ from consumer.endpoints.worker_service import WorkerBackend, WorkerService
 from consumer.jobs.served_model import ServedModel
 from consumer.ports.bus import IdLookup, StopAck
 from generation_contracts import ModelInfo, Subjects, Task, UploadReply, UploadRequest
+from generation_contracts.base import DEFAULT_QUEUES
 from generation_contracts.queues import QueueInfo
 from tests.integration.bus_installation import TASK, Installation, soon, take
 from tests.support.memory_ports import MemoryObserver
 
 OTHER = Task.IMAGE_TO_TEXT
-DURABLES = {task: str(task) for task in Task}
+DURABLES = {task: str(task) for task in DEFAULT_QUEUES}
 MODEL = ModelInfo(id="none", family="none", dtype="float32", device="cpu")
 
 

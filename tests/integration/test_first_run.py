@@ -16,6 +16,7 @@ from consumer.runners import ModelConfig, create_runner
 from consumer.runners.image_to_text import vision_language
 from consumer.runners.text_to_image import diffusion
 from generation_contracts import Request, Task, TextToImageRequest
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.support.tiny_models import Folder, Load
 
 MODELS = {
@@ -52,7 +53,7 @@ class Runs:
         monkeypatch.setattr(model, "close", record_close)
 
 
-@pytest.mark.parametrize("task", list(Task))
+@pytest.mark.parametrize("task", list(DEFAULT_QUEUES))
 async def test_a_warm_up_is_a_run_of_two_steps_in_the_inference_thread(
     task: Task, model_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

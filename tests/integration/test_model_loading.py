@@ -34,6 +34,7 @@ from consumer.runners.source import Download, locate_model
 from consumer.runners.text_to_image import pipeline_loading
 from consumer.runners.text_to_image.pipeline_loading import text_to_image_class
 from generation_contracts import Task, TextToImageRequest
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.integration.small_runs import (
     generate_image,
     generate_text,
@@ -477,7 +478,7 @@ def silent_hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sil
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT], ids=str)
-@pytest.mark.parametrize("task", list(Task))
+@pytest.mark.parametrize("task", list(DEFAULT_QUEUES))
 def test_a_cached_model_needs_no_hub(
     task: Task,
     revision: str | None,
@@ -497,7 +498,7 @@ def test_a_cached_model_needs_no_hub(
 
 
 @pytest.mark.parametrize("revision", [None, COMMIT], ids=str)
-@pytest.mark.parametrize("task", list(Task))
+@pytest.mark.parametrize("task", list(DEFAULT_QUEUES))
 def test_a_silent_hub_times_out(task: Task, revision: str | None, silent_hub: SilentHub) -> None:
     line = load_error("tiny/unknown", task, revision=revision)
     assert "the hub cannot be reached (" in line
@@ -522,7 +523,7 @@ def test_a_revision_of_a_folder_is_refused(model_folder: Folder) -> None:
     assert load_error("", revision="main") == line
 
 
-@pytest.mark.parametrize("task", list(Task))
+@pytest.mark.parametrize("task", list(DEFAULT_QUEUES))
 def test_a_model_that_is_not_in_the_cache_is_refused(task: Task, hub_cache: Path) -> None:
     line = load_error("tiny/unknown", task)
     assert line.startswith("MODEL_ID: tiny/unknown cannot be loaded: the hub cannot be reached (")
@@ -618,7 +619,7 @@ def test_warnings_of_an_import_are_logged_at_debug_level(
         ),
     ],
 )
-@pytest.mark.parametrize("task", list(Task))
+@pytest.mark.parametrize("task", list(DEFAULT_QUEUES))
 def test_a_missing_device_is_refused_before_anything_is_loaded(
     options: dict[str, Any], line: str, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from consumer.runners.device import Placement
 from consumer.runners.image_to_text import vision_loading
 from consumer.runners.task_settings import runner_spec
 from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.integration.small_runs import load_error
 from tests.support.tiny_models import Folder
 
@@ -101,7 +102,7 @@ ONLY_IMAGES = "only for MODEL_TYPE=text_to_image"
         *(
             (task, 0, {"quantization": kind}, f"MODEL_QUANTIZATION: {kind} needs the device cuda")
             for kind in ("bitsandbytes-4bit", "bitsandbytes-8bit", "torchao-int4")
-            for task in Task
+            for task in DEFAULT_QUEUES
         ),
         (
             IMAGES,

@@ -35,6 +35,7 @@ from generation_contracts import (
     TextOutput,
     TextToImageRequest,
 )
+from generation_contracts.base import DEFAULT_QUEUES
 from generation_contracts.queues import QueueInfo
 from tests.support.forked import ForkedGateway, ForkedWorker
 from tests.support.quick_runner import FOLDER
@@ -152,7 +153,9 @@ def start_worker(
 
 @pytest.fixture
 def workers(installation: Installation, tmp_path: Path) -> Iterator[Mapping[Task, Daemon]]:
-    started = {task: start_worker(installation, task, tmp_path, "slow_steps") for task in Task}
+    started = {
+        task: start_worker(installation, task, tmp_path, "slow_steps") for task in DEFAULT_QUEUES
+    }
     try:
         for worker in started.values():
             worker.wait_ready()
@@ -256,7 +259,7 @@ async def test_a_gateway_has_the_permissions_that_it_needs(
         await asyncio.to_thread(gateway.wait_ready)
         async with httpx2.AsyncClient(base_url=gateway.url, timeout=WITHIN) as client:
             models = (await client.get("/v1/models")).json()["data"]
-            assert {task for model in models for task in model["tasks"]} == set(Task)
+            assert {task for model in models for task in model["tasks"]} == set(DEFAULT_QUEUES)
             drawing = {"prompt": "a", "num_inference_steps": 2}
             for _ in range(2):
                 drawn = await client.post(
@@ -310,11 +313,11 @@ async def test_without_the_permission_to_list_streams_the_default_queues_work(
             ):
                 await client.queues()
         directory = QueueDirectory(bus, Subjects())
-        assert list(await directory.queues()) == list(Task)
+        assert list(await directory.queues()) == list(DEFAULT_QUEUES)
         requests: list[str] = []
         monkeypatch.setattr(bus, "request", lambda subject, *_, **__: requests.append(subject))
         directory.expire()
-        assert list(await directory.queues()) == list(Task)
+        assert list(await directory.queues()) == list(DEFAULT_QUEUES)
         assert requests == []  # the refused list is not read again for a minute
     finally:
         worker.kill()

@@ -17,6 +17,7 @@ from consumer.bus.queue_directory import QueueDirectory
 from consumer.bus.queue_removal import QueueInUse, remove_queue
 from generation_client import GenerationClient, RequestFailed, RequestInvalid, new_request_id
 from generation_contracts import SucceededEvent, Task, TextToImageRequest
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.gateway.open_jobs import settings_of
 from tests.gateway.serving import serving
 from tests.services.conftest import NewCaller
@@ -261,7 +262,7 @@ async def test_a_queue_in_use_is_not_removed_without_force(
     assert scene.subjects.requests_stream(FAST) not in names
     assert scene.subjects.advisories_stream_of(FAST) not in names
     await remove(force=True)  # completes an interrupted removal
-    assert [queue.name for queue in await client.queues()] == list(Task)
+    assert [queue.name for queue in await client.queues()] == list(DEFAULT_QUEUES)
 
 
 async def test_a_new_queue_changes_no_stream_that_workers_of_earlier_versions_compare(
@@ -291,7 +292,7 @@ async def test_a_stream_of_someone_else_is_no_queue(scene: Scene, bus: Bus) -> N
         metadata={"generation.queue": "other", "generation.task": "text_to_image"},
     )
     await jetstream.add_stream(config)
-    assert list(await QueueDirectory(bus, scene.subjects).queues()) == list(Task)
+    assert list(await QueueDirectory(bus, scene.subjects).queues()) == list(DEFAULT_QUEUES)
 
 
 async def test_a_worker_refuses_the_queue_of_another_task(

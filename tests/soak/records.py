@@ -14,6 +14,7 @@ from nats.js.errors import NotFoundError
 from pydantic import ValidationError
 
 from generation_contracts import Task, decode_result
+from generation_contracts.base import DEFAULT_QUEUES
 from generation_contracts.headers import DEAD_LETTER_CODE, DEAD_LETTER_REQUEST_ID
 from tests.soak.fates import RUNS
 from tests.support.quick_runner import FOLDER
@@ -151,7 +152,7 @@ def processes_of(folder: Path) -> list[int]:
 
 async def _unsettled(scene: Scene) -> int:
     jetstream = scene.sender.jetstream()
-    streams = [scene.subjects.requests_stream(task) for task in Task]
+    streams = [scene.subjects.requests_stream(task) for task in DEFAULT_QUEUES]
     durables = [one for stream in streams for one in await jetstream.consumers_info(stream)]
     return sum(durable.num_ack_pending or 0 for durable in durables)
 

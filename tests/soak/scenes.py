@@ -11,7 +11,8 @@ from nats.aio.client import Client
 
 from consumer.devstack import DevStack
 from consumer.jobs.in_flight import STAGES
-from generation_contracts import Subjects, Task
+from generation_contracts import Subjects
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.hostile.attacker import Attacker, Id
 from tests.hostile.users import Users
 from tests.support.scene import Scene
@@ -113,7 +114,7 @@ class HostileScene(SoakScene):
 
     async def apply(self, **settings: str) -> None:
         """Run `consumer apply` as the admin, for both tasks."""
-        for task in Task:
+        for task in DEFAULT_QUEUES:
             await super().apply(model_type=str(task), **self._users.settings("admin"), **settings)
 
     def settings(self) -> dict[str, str]:

@@ -18,6 +18,7 @@ from consumer.app.apply import apply
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from generation_contracts import Subjects, Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.support.forked import ForkedWorker
 from tests.support.plain_s3 import plain_s3_client
 from tests.support.quick_runner import FOLDER
@@ -145,7 +146,10 @@ class Scene:
         """Return the number of requests in the streams of both tasks and in the retries stream."""
         jetstream = self.sender.jetstream()
         before = await self._retries()
-        infos = [await jetstream.stream_info(self.subjects.requests_stream(task)) for task in Task]
+        infos = [
+            await jetstream.stream_info(self.subjects.requests_stream(task))
+            for task in DEFAULT_QUEUES
+        ]
         waiting = sum((before.subjects or {}).values())
         left = waiting + sum(info.state.messages for info in infos)
         if left == 0 and (await self._retries()).last_seq != before.last_seq:
@@ -165,7 +169,10 @@ class Scene:
     async def describe_pending(self) -> str:
         """Describe the pending requests and the state of each durable, for messages."""
         jetstream, lines = self.sender.jetstream(), []
-        for stream in (*map(self.subjects.requests_stream, Task), self.subjects.retries_stream):
+        for stream in (
+            *map(self.subjects.requests_stream, DEFAULT_QUEUES),
+            self.subjects.retries_stream,
+        ):
             info = await jetstream.stream_info(stream, subjects_filter=">")
             lines.append(f"{stream}: {info.state.subjects or {}}, last {info.state.last_seq}")
             for durable in await jetstream.consumers_info(stream):

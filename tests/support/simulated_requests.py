@@ -16,6 +16,7 @@ from consumer.ports.model import (
     UnsupportedParameter,
 )
 from generation_contracts import Subjects, Task, decode_request, request_digest
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.support.behaviour import INBOX, request_body
 from tests.support.memory_ports import BUCKET, Script, make, out_of_memory, raising
 
@@ -23,7 +24,7 @@ MAX_PAYLOAD = 6_000  # bytes; larger than any event without the sender's metadat
 BULKY = {str(number): "x" * 512 for number in range(16)}  # metadata that exceeds MAX_PAYLOAD
 
 # No worker may publish a reply on this subject, which is the result subject of a request.
-FORBIDDEN = {task: Subjects().result(task, "r1") for task in Task}
+FORBIDDEN = {task: Subjects().result(task, "r1") for task in DEFAULT_QUEUES}
 
 Kind = Literal["valid", "malformed", "unsupported", "missing"]
 Ending = Literal[

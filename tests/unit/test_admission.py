@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from consumer.jobs.admission import Admission
 from consumer.jobs.states import IllegalTransition, State
 from generation_contracts import InvalidRequest, Subjects, Task, TextToImageRequest
+from generation_contracts.base import DEFAULT_QUEUES
 from generation_contracts.subjects import is_request_id
 from tests.support.memory_ports import MemoryDelivery, MemoryQueue, Outage
 
@@ -109,7 +110,7 @@ def test_derived_ids_of_two_requests_differ(other: dict[str, Any]) -> None:
 def test_derived_id_is_valid_and_contains_the_sequence_under_every_root(
     root: str, sequence: int, at: datetime
 ) -> None:
-    for task in Task:
+    for task in DEFAULT_QUEUES:
         stream = Subjects(root).requests_stream(task)
         derived = read_id(stream=stream, stream_sequence=sequence, stored_at=at)
         assert is_request_id(derived)

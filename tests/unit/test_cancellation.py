@@ -21,6 +21,7 @@ from generation_contracts import (
     Task,
     TextOutput,
 )
+from generation_contracts.base import DEFAULT_QUEUES
 from generation_contracts.events import ChainPlace, Timings
 from tests.support.behaviour import soon
 from tests.support.memory_ports import URL_ENDS, Hold, MemoryDelivery, ScriptedRunner, Tally
@@ -44,18 +45,20 @@ class Queue:
         self._world = world
 
     async def names(self) -> list[Task]:
-        return list(Task)
+        return list(DEFAULT_QUEUES)
 
     async def find(self, request_id: str) -> IdLookup:
         self.lookups += 1
         self.most_lookups = max(self.most_lookups, self.lookups)
         await asyncio.sleep(0)
         self.lookups -= 1
-        requests = frozenset(task for task in Task if self.stored.get((task, request_id)))
+        requests = frozenset(task for task in DEFAULT_QUEUES if self.stored.get((task, request_id)))
         return IdLookup(requests, await self.find_results(request_id))
 
     async def find_results(self, request_id: str) -> frozenset[Task]:
-        return frozenset(t for t in Task if self._world.events.stored(t, request_id) is not None)
+        return frozenset(
+            t for t in DEFAULT_QUEUES if self._world.events.stored(t, request_id) is not None
+        )
 
     async def oldest(self, task: Task, request_id: str) -> StoredRequest | None:
         self.loaded += 1

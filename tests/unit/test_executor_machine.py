@@ -26,6 +26,7 @@ from consumer.inference import monitor
 from consumer.inference.cancel_token import StopReason
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.support.job_oracle import ATTEMPTS, STALL
 from tests.support.simulated_requests import (
     CALLS,
@@ -60,7 +61,9 @@ class Workers(RuleBasedStateMachine):
         self.pool: WorkerPool
         self.failed = False
 
-    @initialize(task=st.sampled_from(Task), drafts=st.lists(DRAFTS, min_size=2, max_size=8))
+    @initialize(
+        task=st.sampled_from(DEFAULT_QUEUES), drafts=st.lists(DRAFTS, min_size=2, max_size=8)
+    )
     def start(self, task: Task, drafts: list[RequestDraft]) -> None:
         self.pool = WorkerPool(task)
         self.pool.world.open()

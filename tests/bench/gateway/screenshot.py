@@ -17,7 +17,7 @@ from playwright.async_api import Browser, Page, async_playwright, expect
 from consumer.app.apply import apply
 from consumer.devstack import DevStack
 from consumer.settings import Settings
-from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.gateway.page_visits import LONG, PHONE, card, draw, job
 
 DESKTOP = {"width": 1280, "height": 940}
@@ -56,7 +56,7 @@ def main(file: Path) -> None:
         known = {name: settings[name] for name in settings.keys() & Settings.model_fields.keys()}
         asyncio.run(apply(Settings(**known)))
         processes = [
-            *(stack.start_daemon(str(task), {"MODEL_TYPE": str(task)}) for task in Task),
+            *(stack.start_daemon(str(task), {"MODEL_TYPE": str(task)}) for task in DEFAULT_QUEUES),
             stack.start_gateway("gateway", {}),
         ]
         for process in processes:
