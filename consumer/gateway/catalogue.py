@@ -150,7 +150,7 @@ class Catalogue:
         exact = (model for model in models if model.name == name)
         close = (model for model in models if is_named(name, [model.name]))
         found = next(exact, None) or next(close, None)
-        if found is None and exists and self._succeeded and default.model is None:
+        if found is None and default.is_default and self._succeeded and default.model is None:
             accepts_any = not self._is_seen(task, name)
             return _model(default, name, is_loaded=False) if accepts_any else None
         return found

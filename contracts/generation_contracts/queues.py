@@ -114,4 +114,5 @@ def queue_for(model: str | None, task: Task, queues: Collection[QueueInfo]) -> Q
     exact = (queue for queue in of_task if model in queue.model_names)
     close = (queue for queue in of_task if is_named(model, queue.model_names))
     found = next(exact, None) or next(close, None)
-    return found or (default if default.model is None else None)
+    accepts_any = default.is_default and default.model is None
+    return found or (default if accepts_any else None)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import nats
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from generation_contracts import (
     StartedEvent,
     Task,
 )
+from tests.gateway.open_jobs import settings_of
+from tests.gateway.serving import serving
 from tests.support import tiny_classifier
 from tests.support.scene import Scene
 
@@ -39,6 +42,17 @@ class Endless(Runner):
             number += 1
             context.step(min(number, 99), 100)
             import time; time.sleep(0.01)
+
+class Deaf(Runner):
+    name = "deaf"
+
+    def run(self, parameters, context):
+        import os, pathlib, time
+        folder = pathlib.Path(os.environ["RUNNERS_FOLDER"])
+        (folder / "running").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        return Text("too late")
 
 class Wrong(Runner):
     def run(self, parameters, context):
@@ -190,3 +204,39 @@ async def test_a_custom_run_is_cancelled_at_its_next_step(
     assert (await client.cancel(request_id)).status == "stopping"
     with pytest.raises(RequestCancelled):
         await running
+
+
+async def test_a_run_without_steps_is_cancelled_when_it_ends(
+    scene: Scene, client: GenerationClient, broken: str
+) -> None:
+    await start(scene, "broken:Deaf", RUNNERS_FOLDER=broken)
+    request_id = new_request_id()
+    running = asyncio.ensure_future(client.generate(Task.CUSTOM, request_id=request_id))
+
+    async def runs() -> bool:
+        return (Path(broken) / "running").exists()
+
+    await scene.until(runs, "run")
+    assert (await client.cancel(request_id)).status == "stopping"
+    (Path(broken) / "go").touch()
+    with pytest.raises(RequestCancelled):
+        await running
+
+
+async def test_a_custom_runner_is_a_job_of_the_gateway(scene: Scene, tmp_path: Path) -> None:
+    await start(scene, "tone:Tone")
+    async with serving(settings_of(scene)) as url, httpx2.AsyncClient(base_url=url) as http:
+        body = {"task": "custom", "model": "tone", "parameters": {"text": "a"}}
+        job = (await http.post("/v1/jobs", json=body)).json()
+
+        async def ended() -> bool:
+            return (await http.get(f"/v1/jobs/{job['id']}")).json()["state"] == "succeeded"
+
+        await scene.until(ended, "job")
+        output = await http.get(f"/v1/jobs/{job['id']}/outputs/0")
+        assert output.headers["content-type"] == "audio/wav"
+        assert output.content.startswith(b"RIFF")
+        models = (await http.get("/v1/models")).json()["data"]
+        assert "tone" in {model["id"] for model in models}
+        refused = await http.post("/v1/jobs", json={**body, "model": "other"})
+        assert refused.status_code == 404
