@@ -11,6 +11,7 @@ from consumer.gateway.errors import ApiError
 from consumer.gateway.tenants import Tenant
 from generation_contracts import TASKS, Request, Step, Task
 from generation_contracts.artifacts import ArtifactReference, ImageSource
+from generation_contracts.subjects import is_queue_name
 
 
 def require_own_inputs(tenant: Tenant, request: Request, shared: Sequence[str]) -> None:
@@ -54,9 +55,9 @@ def _object_path(source: ImageSource) -> str | None:
 
 
 def _is_output_of(tenant: Tenant, path: str) -> bool:
-    # Workers store outputs as `<prefix>/<task>/<request id>/<file>`, with any prefix.
-    *_, task, request_id, _ = ("", "", *path.split("/"))
-    return task in set(Task) and tenant.owns(request_id)
+    # Workers store outputs as `<prefix>/<queue>/<request id>/<file>`, with any prefix.
+    *_, queue, request_id, _ = ("", "", *path.split("/"))
+    return is_queue_name(queue) and tenant.owns(request_id)
 
 
 def _is_under(prefixes: Sequence[str], path: str) -> bool:

@@ -53,6 +53,11 @@ def is_request_id(value: str) -> bool:
     return _REQUEST_ID.match(value) is not None
 
 
+def is_queue_name(value: str) -> bool:
+    """Return whether a string is the name of a queue, of any task."""
+    return value in set(Task) or (_QUEUE.match(value) is not None and value not in _RESERVED_QUEUES)
+
+
 def require_queue_name(name: str, task: Task) -> None:
     """Validate the name of a queue that serves a task.
 

@@ -26,6 +26,7 @@ from consumer.gateway.serve import require_keys_if_reachable
 from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
 from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from tests.support.yaml_files import load_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -230,7 +231,7 @@ def test_volumes_get_the_owner_of_their_service() -> None:
 
 def test_each_task_has_one_daemon() -> None:
     tasks = [service["environment"]["MODEL_TYPE"] for service in daemons().values()]
-    assert sorted(tasks) == sorted(Task)
+    assert sorted(tasks) == sorted(DEFAULT_QUEUES)
 
 
 def test_compose_settings_are_valid() -> None:

@@ -260,7 +260,7 @@ def test_referenced_names_exist(build: list[Manifest]) -> None:
 
 
 def test_selectors_match_their_pods(build: list[Manifest]) -> None:
-    assert len(workers(build)) == len(Task)
+    assert len(workers(build)) == len(DEFAULT_QUEUES)
     budgets = of_kind(build, "PodDisruptionBudget")
     for deployment in of_kind(build, "Deployment"):
         selectors = [
@@ -608,7 +608,7 @@ def test_built_network_policies_allow_only_used_connections(build: list[Manifest
 def triggers() -> Iterator[tuple[Task, Manifest]]:
     """Yield each task with the trigger of its ScaledObject."""
     scaled = {each["metadata"]["name"]: each for each in of_kind(written(), "ScaledObject")}
-    assert len(scaled) == len(Task)
+    assert len(scaled) == len(DEFAULT_QUEUES)
     for task in DEFAULT_QUEUES:
         (trigger,) = scaled[str(task).replace("_", "-")]["spec"]["triggers"]
         yield task, trigger["metadata"]
@@ -654,7 +654,7 @@ async def test_scaler_counts_waiting_and_in_flight_requests(
 
     bus = await connect(settings, name="lag", within=10.0)
     try:
-        await make_topology(settings, bus).apply(tuple(Task))
+        await make_topology(settings, bus).apply(DEFAULT_QUEUES)
         for task in DEFAULT_QUEUES:
             assert lag(task) == 0
             for number in range(3):
@@ -785,7 +785,7 @@ def test_fetched_models_are_the_loaded_models(production: list[Manifest]) -> Non
 
 def test_fetch_job_uses_functions_of_the_daemon() -> None:
     jobs = [each for each in of_kind(written(), "Job") if "command" in container(each)]
-    assert len(jobs) == len(Task)
+    assert len(jobs) == len(DEFAULT_QUEUES)
     for job in jobs:
         program, flag, script = container(job)["command"]
         assert (program, flag) == ("python", "-c")

@@ -32,6 +32,7 @@ def check(images: Any, *, then: Any = (), for_all: tuple[str, ...] = ()) -> None
     [
         ([reference(OWN)], ()),
         ([f"s3://{OWN}"], ()),
+        ([f"s3://{OWN.replace('text_to_image', 'fast')}"], ()),  # of another queue
         (["https://example.com/a.png"], ()),
         (["data:image/png;base64,AAAA", {"base64": "AAAA"}], ()),
         ([f"s3://{OTHER}"], ("generation/out",)),
@@ -49,6 +50,8 @@ def test_outputs_of_the_tenant_and_public_objects_are_allowed(
     "address",
     [
         OTHER,
+        OTHER.replace("text_to_image", "fast"),
+        OWN.replace("text_to_image", "uploads"),
         "generation/inputs/a.png",
         "shared-of-others/a.png",
     ],
@@ -59,6 +62,13 @@ def test_objects_of_other_tenants_are_refused(address: str) -> None:
             check(images, for_all=("shared",))
         assert (caught.value.status, caught.value.code) == (403, "input_not_allowed")
         assert caught.value.param == f"images.{len(images) - 1}"
+
+
+def test_inputs_of_custom_requests_are_checked() -> None:
+    request = decode_request(Task.CUSTOM, to_json({"images": [f"s3://{OTHER}"]}))
+    with pytest.raises(ApiError) as caught:
+        require_own_inputs(BOB, request, ())
+    assert caught.value.param == "images.0"
 
 
 def test_inputs_of_chain_steps_are_checked() -> None:
