@@ -65,6 +65,7 @@ from generation_contracts.headers import (
     TRACE_PARENT,
     event_headers,
 )
+from generation_contracts.queues import why_no_queue
 from generation_contracts.requests import digest_of_bytes
 from generation_contracts.schema import json_schemas
 from generation_contracts.subjects import HOLDER, is_request_id
@@ -281,7 +282,7 @@ class WorkerService:
         if queue is None:
             raise UnsupportedParameter(
                 "model",
-                f"model: no queue of {task} serves this model; `consumer queues list` lists them",
+                f"model: {why_no_queue(request.model, task)}; `consumer queues list` lists them",
             )
         if queue == self._queue:
             self._backend.served.check(request)

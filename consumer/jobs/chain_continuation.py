@@ -32,6 +32,7 @@ from generation_contracts import (
     request_digest,
 )
 from generation_contracts.chains import id_of, next_link
+from generation_contracts.queues import why_no_queue
 
 log = structlog.get_logger()
 
@@ -97,7 +98,7 @@ class ChainContinuation:
         queue = await self._queues.queue_for(task, request.model)
         digest = request_digest(request)
         if queue is None:
-            refused = ParameterRefused(f"model: no queue of {task} serves this model", "model")
+            refused = ParameterRefused(f"model: {why_no_queue(request.model, task)}", "model")
             await self._end_at(job, task, request.chain, refused, digest)
             return
         try:

@@ -63,7 +63,7 @@ from generation_contracts import (
 )
 from generation_contracts.artifacts import ImageSource
 from generation_contracts.base import DEFAULT_QUEUES
-from generation_contracts.queues import QueueInfo, queue_for
+from generation_contracts.queues import QueueInfo, queue_for, why_no_queue
 from generation_contracts.requests import digest_of_bytes
 from generation_contracts.servers import parse_servers
 
@@ -405,7 +405,7 @@ class GenerationClient:
             return str(request.task)
         found = queue_for(request.model, request.task, await self.queues())
         if found is None:
-            problem = f"no queue of {request.task} serves this model"
+            problem = why_no_queue(request.model, request.task)
             raise RequestInvalid(f"model: {problem}", ({"field": "model", "problem": problem},))
         return found.name
 

@@ -100,19 +100,29 @@ def queue_for(model: str | None, task: Task, queues: Collection[QueueInfo]) -> Q
 
     Returns:
         The queue. Without a match the default queue, if it has not declared its model: its workers
-        know what they serve. None if no queue serves the model.
+        know what they serve. None if no queue serves the model, or if a task without a default
+        queue has several queues and `model` names none of them.
     """
     of_task = sorted(
         (queue for queue in queues if queue.task == task),
         key=lambda queue: (not queue.is_default, queue.name),
     )
-    default = next((q for q in of_task if q.is_default), QueueInfo(str(task), task))
-    if task not in DEFAULT_QUEUES and len(of_task) == 1:
+    default = next((queue for queue in of_task if queue.name == task), None)
+    if default is None and task in DEFAULT_QUEUES:
+        default = QueueInfo(str(task), task)
+    if default is None and len(of_task) == 1:
         default = of_task[0]
     if model is None:
         return default
     exact = (queue for queue in of_task if model in queue.model_names)
     close = (queue for queue in of_task if is_named(model, queue.model_names))
     found = next(exact, None) or next(close, None)
-    accepts_any = default.is_default and default.model is None
+    accepts_any = default is not None and default.is_default and default.model is None
     return found or (default if accepts_any else None)
+
+
+def why_no_queue(model: str | None, task: Task) -> str:
+    """Return why `queue_for` has found no queue, as text for the sender."""
+    if model is None:
+        return f"{task} has several queues, or none: name one of them"
+    return f"no queue of {task} serves this model"

@@ -114,3 +114,16 @@ def test_the_model_is_content_and_its_absence_changes_no_digest() -> None:
     named = plain.model_copy(update={"model": "a"})
     assert request_digest(named) != request_digest(plain)
     assert request_digest(named) != request_digest(plain.model_copy(update={"model": "b"}))
+
+
+def test_a_task_without_a_default_queue_needs_a_name_unless_it_has_one_queue() -> None:
+    one, two = QueueInfo("one", Task.CUSTOM), QueueInfo("two", Task.CUSTOM, "org/two")
+    same = QueueInfo("custom", Task.CUSTOM)
+    assert queue_for(None, Task.CUSTOM, []) is None
+    assert queue_for(None, Task.CUSTOM, [one]) == one
+    assert queue_for(None, Task.CUSTOM, [one, two]) is None
+    assert queue_for(None, Task.CUSTOM, [one, two, same]) == same
+    assert queue_for("two", Task.CUSTOM, [one, two]) == two
+    assert queue_for("org/two", Task.CUSTOM, [one, two]) == two
+    assert queue_for("other", Task.CUSTOM, [one]) is None
+    assert queue_for("one", Task.TEXT_TO_IMAGE, [one]) == QueueInfo("text_to_image", T2I)
