@@ -14,7 +14,7 @@ from consumer.bus.connection import Bus, connect, require_server_version, wait_u
 from consumer.bus.queue_directory import QueueDirectory
 from consumer.bus.queue_removal import QueueInUse, count_requests, remove_queue
 from consumer.settings import Settings, SettingsError
-from generation_contracts import Task
+from generation_contracts.base import DEFAULT_QUEUES
 from generation_contracts.queues import QueueInfo
 from generation_contracts.subjects import require_queue_name
 
@@ -77,7 +77,7 @@ async def remove(settings: Settings, name: str, *, force: bool) -> int:
     Returns:
         The exit code.
     """
-    if name in set(Task):
+    if name in DEFAULT_QUEUES:
         click.echo(f"consumer: {name}: a default queue cannot be removed", err=True)
         return EXIT_REFUSED
     async with _connected(settings) as bus:
