@@ -303,18 +303,22 @@ def schema(config: Path | None, *, json_schema: bool, markdown: bool) -> None:
 class _TaskCommands(click.Group):
     """One command for each task, made when it is needed: the contracts import pydantic."""
 
-    def list_commands(self, _: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands."""
-        from generation_contracts import Task
+        self._add_commands()
+        return super().list_commands(ctx)
 
-        return [str(task).replace("_", "-") for task in Task]
-
-    def get_command(self, _: click.Context, name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """Return a command; None if there is no such task."""
-        from generation_contracts import TASKS, Task
+        self._add_commands()
+        return super().get_command(ctx, name)
 
-        known = {str(task).replace("_", "-"): task for task in Task}
-        return _task_command(name, TASKS[known[name]]) if name in known else None
+    def _add_commands(self) -> None:
+        from generation_contracts import TASKS
+
+        if not self.commands:
+            for task, spec in TASKS.items():
+                self.add_command(_task_command(str(task).replace("_", "-"), spec))
 
 
 @cli.group(cls=_TaskCommands)
@@ -435,7 +439,7 @@ def new() -> None:
 @new.command("runner")
 @click.argument("name")
 def new_runner(name: str) -> None:
-    """Write a custom runner NAME.py and its test into the working directory."""
+    """Write a custom runner NAME.py and its test."""
     from consumer.app.new_runner import NameTaken, write_runner
 
     if re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) is None or keyword.iskeyword(name):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from consumer.runners import ModelConfig, ModelRunner, create_runner
-from consumer.runners.demonstration import DEFAULTS, folder_of
+from consumer.runners.demonstration import folder_of
 from consumer.runners.demonstration.training.prompts import prompt
 from consumer.runners.demonstration.training.scenes import (
     COLOURS,
@@ -29,6 +29,7 @@ from consumer.runners.demonstration.training.scenes import (
     some_held_out_scene,
 )
 from consumer.runners.demonstration.training.sentences import description
+from consumer.runners.task_settings import runner_spec
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
 from tests.support.model_runs import run_model
 from tests.support.pixel_checker import read_scene, same_scene
@@ -109,7 +110,9 @@ class Bench:
         config = (
             ModelConfig()
             if models is None
-            else ModelConfig(model_id=str(models / task), defaults=DEFAULTS[task])
+            else ModelConfig(
+                model_id=str(models / task), defaults=runner_spec(task).demonstration or {}
+            )
         )
         runner = create_runner(task, config)
         began = time.monotonic()

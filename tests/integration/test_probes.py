@@ -97,7 +97,7 @@ async def test_the_metrics_have_jobs_stages_and_the_device(
     async with http.get("/metrics") as answer:
         assert answer.headers["Content-Type"].startswith("text/plain; version=")
         lines = set((await answer.text()).splitlines())
-    task = 'task="text_to_image"'
+    task = 'queue="text_to_image",task="text_to_image"'
     assert {
         f'generation_jobs_total{{outcome="succeeded",{task}}} 1.0',
         f"generation_redelivered_jobs_total{{{task}}} 1.0",
@@ -123,7 +123,7 @@ async def test_the_metrics_have_each_condition_of_readiness(
         lines = (await answer.text()).splitlines()
     prefix = "generation_ready_condition{"
     assert {line.removeprefix(prefix) for line in lines if line.startswith(prefix)} == {
-        f'condition="{condition}",task="text_to_image"}} {holds}'
+        f'condition="{condition}",queue="text_to_image",task="text_to_image"}} {holds}'
         for condition, holds in {
             "bus": 1.0,
             "durable": 1.0,
