@@ -221,7 +221,9 @@ class Daemon:
             stack.push_async_callback(service.close)
             await pull.start()
             stack.push_async_callback(pull.close)
-            self._health.durable_present = lambda: pull.attached
+            # A server that shuts down may answer as if the durable was missing.
+            bus = services.bus
+            self._health.durable_present = lambda: pull.attached or not bus.connected
             self._pull, self._executor = pull, executor
             watching = self._watch_store(services.artifacts, executor, pull)
             self._start_background_task(watching, "watch-store", stack)
