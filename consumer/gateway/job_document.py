@@ -50,7 +50,7 @@ class JobDocument(BaseModel):
     events_url: str
     cancel_url: str = Field(description="for DELETE")
     result: dict[str, Any] | None = Field(
-        description="the terminal event; each image has a `content_url` at this gateway"
+        description="the terminal event; each file has a `content_url` at this gateway"
     )
     error: ErrorDetails | None
 
@@ -125,10 +125,10 @@ def job_address(job_id: str) -> str:
 
 
 def event_json(event: AnyEvent) -> dict[str, Any]:
-    """Return the JSON of an event, with a `content_url` at this gateway for each image."""
+    """Return the JSON of an event, with a `content_url` at this gateway for each file."""
     value: dict[str, Any] = json.loads(encode(event))
     for number, output in enumerate(value.get("outputs", ())):
-        if output["kind"] == "image":
+        if "key" in output:
             output["content_url"] = f"{job_address(event.request_id)}/outputs/{number}"
     return value
 

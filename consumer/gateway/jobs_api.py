@@ -31,7 +31,7 @@ from consumer.gateway.keys import Authenticated
 from consumer.gateway.sse import EventStream
 from consumer.gateway.tenants import Caller
 from consumer.gateway.waiting import SenderPart
-from generation_contracts import JsonOutput, StoredArtifact, SucceededEvent, Task
+from generation_contracts import FileArtifact, JsonOutput, StoredArtifact, SucceededEvent, Task
 from generation_contracts import Request as GenerationRequest
 from generation_contracts.base import RequestPart, pattern_message
 from generation_contracts.fields import MAX_CHAIN, Deadline, Metadata, ModelName
@@ -46,6 +46,9 @@ OUTPUT_HEADERS = {
     "cache-control": "private, max-age=31536000, immutable",
     "x-content-type-options": "nosniff",
 }
+
+# A custom runner may return HTML with text of the sender: it must not run as a page of the gateway.
+FILE_HEADERS = {"content-disposition": "attachment", "content-security-policy": "sandbox"}
 
 EventIdText = Annotated[
     str,
@@ -249,6 +252,8 @@ async def read_output(
             return Response(text, media_type="application/json", headers=OUTPUT_HEADERS)
         return Response(output.text, media_type="text/plain", headers=OUTPUT_HEADERS)
     headers = {**OUTPUT_HEADERS, "etag": f'"{output.sha256}"'}
+    if isinstance(output, FileArtifact):
+        headers |= FILE_HEADERS
     if matches(if_none_match or "", headers["etag"]):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     content = await job.jobs.content(event, number)

@@ -116,6 +116,34 @@ async def test_waiting_jobs_show_their_estimated_start(visit: Visits) -> None:
         await expect(status).to_have_text(re.compile(rf"^{position}, starts in about \d+ (s|min)$"))
 
 
+async def test_results_of_custom_runners_are_text_and_links(visit: Visits) -> None:
+    page = await visit()
+    file = {"kind": "file", "key": "tone/x-1/0-a.wav", "media_type": "audio/wav", "size": 2048}
+    job: dict[str, Any] = {"id": "x-1", "task": "custom", "queue": "tone", "state": "succeeded"}
+    job["created"] = "2026-01-02T03:04:05Z"
+    job["result"] = {
+        "outputs": [{"kind": "json", "value": {"label": "cat"}}, file],
+        "timings": {"inference": 1.0},
+        "model": {"id": "tone"},
+        "parameters": {"seed": 1},
+        "time": "2026-01-02T03:04:06Z",
+    }
+
+    async def list_job(route: Route) -> None:
+        await route.fulfill(json={"object": "list", "data": [job], "has_more": False, "next": None})
+
+    await page.route("**/v1/jobs?*", list_job)
+    await page.reload()
+    result = page.locator("#gallery > li[data-task=custom]")
+    await expect(result).to_contain_text("Job (request …")
+    await expect(result.locator(".answer")).to_contain_text('"label": "cat"')
+    link = result.get_by_role("link", name="Download audio/wav")
+    assert await link.get_attribute("download") == "job-request-x-1-1.wav"
+    await expect(result.get_by_role("button", name="Use these parameters again")).to_have_count(0)
+    await result.get_by_role("button", name="Details").click()
+    await expect(page.locator("dialog[open]")).to_contain_text("tone")
+
+
 async def test_a_running_job_survives_a_reload(visit: Visits) -> None:
     page = await visit()
     title = "a yellow cross"

@@ -233,9 +233,12 @@ async def test_a_custom_runner_is_a_job_of_the_gateway(scene: Scene, tmp_path: P
             return (await http.get(f"/v1/jobs/{job['id']}")).json()["state"] == "succeeded"
 
         await scene.until(ended, "job")
-        output = await http.get(f"/v1/jobs/{job['id']}/outputs/0")
+        document = (await http.get(f"/v1/jobs/{job['id']}")).json()
+        output = await http.get(document["result"]["outputs"][0]["content_url"])
         assert output.headers["content-type"] == "audio/wav"
         assert output.content.startswith(b"RIFF")
+        assert output.headers["content-disposition"] == "attachment"
+        assert output.headers["content-security-policy"] == "sandbox"
         models = (await http.get("/v1/models")).json()["data"]
         assert "tone" in {model["id"] for model in models}
         refused = await http.post("/v1/jobs", json={**body, "model": "other"})

@@ -185,7 +185,7 @@ export class Detail {
         ? downloadLink(job, output, { class: "button primary" }, icon("download"), "Download")
         : null,
       output ? button("ask", "Ask about this image", () => this.#actions.ask(job, output)) : null,
-      job.input.prompt
+      job.input.prompt && job.reusable
         ? button("reuse", "Use these parameters again", () => this.#actions.use(job))
         : null,
       job.answer ? copyButton(job.answer) : null,

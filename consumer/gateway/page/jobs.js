@@ -6,6 +6,7 @@ import { sentence } from "./format.js";
 
 const SENT = "sent";
 const SENT_LIMIT = 40; // requests that the tab stores for a reload
+const KINDS = { text_to_image: "Drawing", image_to_text: "Question" }; // the tasks of the form
 
 /** One job: the fields of the API's job document, and the state from its events. */
 export class Job {
@@ -38,8 +39,12 @@ export class Job {
 
   /** Title of the job. */
   get title() {
-    const kind = this.task === "image_to_text" ? "Question" : "Drawing";
-    return this.input.prompt ?? `${kind} (request …${this.id.slice(-8)})`;
+    return this.input.prompt ?? `${KINDS[this.task] ?? "Job"} (request …${this.id.slice(-8)})`;
+  }
+
+  /** Whether the form can show the parameters: it has no fields for custom runners. */
+  get reusable() {
+    return this.task in KINDS;
   }
 
   get outputs() {
@@ -52,9 +57,20 @@ export class Job {
     );
   }
 
-  /** The generated text, or undefined. */
+  /** The files that are no images. */
+  get fileOutputs() {
+    return this.outputs.flatMap((output, number) =>
+      output.kind === "file" ? [{ ...output, number }] : [],
+    );
+  }
+
+  /** The generated text, or the values as JSON; undefined without both. */
   get answer() {
-    return this.outputs.find((output) => output.kind === "text")?.text;
+    const texts = this.outputs.flatMap(({ kind, text, value }) => {
+      if (kind === "text") return [text];
+      return kind === "json" ? [JSON.stringify(value, null, 2)] : [];
+    });
+    return texts.length ? texts.join("\n") : undefined;
   }
 
   /** Time of the submission, otherwise of the end; RFC 3339. */

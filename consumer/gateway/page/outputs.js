@@ -94,7 +94,8 @@ const SUFFIXES = { "image/png": "png", "image/webp": "webp", "image/jpeg": "jpg"
  * Return a file name for an output.
  *
  * @param {string} title Title of its job.
- * @param {{media_type: string, seed: number}} output
+ * @param {{media_type: string, number: number, key?: string, seed?: number}} output A file that is
+ *   no image has no seed; its key ends with its extension.
  */
 export function fileName(title, output) {
   const words = title
@@ -102,7 +103,8 @@ export function fileName(title, output) {
     .normalize("NFKD")
     .replace(/[^a-z0-9]+/g, "-");
   const name = words.slice(0, 60).replace(/^-+|-+$/g, "") || "image";
-  return `${name}-${output.seed}.${SUFFIXES[output.media_type] ?? "png"}`;
+  const suffix = SUFFIXES[output.media_type] ?? output.key?.split(".").pop() ?? "png";
+  return `${name}-${output.seed ?? output.number}.${suffix}`;
 }
 
 /**

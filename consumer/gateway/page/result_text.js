@@ -31,6 +31,16 @@ export function facts(job) {
 }
 
 /**
+ * Return the name of the link to a file that is no image.
+ *
+ * @param {{media_type: string, size: number}} output
+ * @returns {string}
+ */
+export function fileFacts(output) {
+  return `Download ${output.media_type}, ${formatBytes(output.size)}`;
+}
+
+/**
  * Return all values of a job with their labels.
  *
  * @param {import("./jobs.js").Job} job

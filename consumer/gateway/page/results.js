@@ -5,7 +5,7 @@ import { byId, element, icon, iconButton } from "./dom.js";
 import { Job, compareTimes } from "./jobs.js";
 import { hideNotice, showNotice } from "./notices.js";
 import { downloadLink, outputImage } from "./outputs.js";
-import { copyButton, facts } from "./result_text.js";
+import { copyButton, facts, fileFacts } from "./result_text.js";
 import { formatTime, truncate } from "./format.js";
 
 const PAGE = 24;
@@ -178,7 +178,7 @@ export class Results {
         "div",
         { class: "card-actions" },
         iconButton("ask", "Ask about this image", () => this.#actions.ask(job, outputs[0])),
-        iconButton("reuse", "Use these parameters again", () => this.#actions.use(job)),
+        this.#reuse(job),
         downloadLink(
           job,
           outputs[0],
@@ -196,14 +196,15 @@ export class Results {
         { class: "card-text" },
         sources(job),
         this.#caption(job),
-        element("p", { class: "answer" }, job.answer ?? ""),
+        job.answer === undefined ? null : element("p", { class: "answer" }, job.answer),
+        ...job.fileOutputs.map((output) => downloadLink(job, output, {}, fileFacts(output))),
       ),
       element(
         "div",
         { class: "card-actions" },
         iconButton("info", "Details", () => this.#actions.open(job, 0)),
-        iconButton("reuse", "Use these parameters again", () => this.#actions.use(job)),
-        copyButton(job.answer ?? ""),
+        this.#reuse(job),
+        job.answer === undefined ? null : copyButton(job.answer),
       ),
     ];
   }
@@ -227,11 +228,14 @@ export class Results {
         "div",
         { class: "card-actions" },
         iconButton("info", "Details", () => this.#actions.open(job, 0)),
-        job.input.prompt
-          ? iconButton("reuse", "Use these parameters again", () => this.#actions.use(job))
-          : null,
+        job.input.prompt ? this.#reuse(job) : null,
       ),
     ];
+  }
+
+  #reuse(job) {
+    if (!job.reusable) return null;
+    return iconButton("reuse", "Use these parameters again", () => this.#actions.use(job));
   }
 
   #caption(job) {
