@@ -225,12 +225,7 @@ class Daemon:
             bus = services.bus
             self._health.durable_present = lambda: pull.attached or not bus.connected
             self._pull, self._executor = pull, executor
-            watching = self._watch_store(services.artifacts, executor, pull)
-            self._start_background_task(watching, "watch-store", stack)
-            watching = self._watch_endpoints(services.endpoints)
-            self._start_background_task(watching, "watch-endpoints", stack)
-            await self._watch_advisories(services.topology, context, executor, stack)
-            await self._watch_retries(services.topology, context, services.events, stack)
+            await self._start_watches(services, context, pull, executor, stack=stack)
             log.info(
                 "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
             )
@@ -309,7 +304,7 @@ class Daemon:
         raise ConnectionClosed
 
     async def _served_model(self, services: "_Services", model: ModelDescription) -> ServedModel:
-        # The queue may declare a name of its own, for example of a model that is in a folder.
+        # The queue may declare another name, for example of a model that is in a folder.
         own = self._settings.queue
         declared = (await services.directory.known()).get(own.name, own)
         return ServedModel(declared, model.info.id)
@@ -366,6 +361,23 @@ class Daemon:
             if isinstance(error, StoreMisconfigured):
                 raise StoreMisconfigured(reason) from None
             log.warning("started_without_store", reason=reason)
+
+    async def _start_watches(
+        self,
+        services: "_Services",
+        context: DeliveryContext,
+        pull: PullLoop,
+        executor: Executor,
+        *,
+        stack: AsyncExitStack,
+    ) -> None:
+        """Start the background tasks that need the executor."""
+        watching = self._watch_store(services.artifacts, executor, pull)
+        self._start_background_task(watching, "watch-store", stack)
+        watching = self._watch_endpoints(services.endpoints)
+        self._start_background_task(watching, "watch-endpoints", stack)
+        await self._watch_advisories(services.topology, context, executor, stack)
+        await self._watch_retries(services.topology, context, services.events, stack)
 
     async def _watch_store(
         self, artifacts: ObjectStoreArtifacts, executor: Executor, pull: PullLoop

@@ -666,7 +666,7 @@ def _differences(expected: Config, found: Config) -> dict[str, tuple[Any, Any]]:
         if key != "metadata" and (found.get(key) or None) != (value or None)
     }
     declared = _declaration(expected)
-    if declared.items() - _metadata(found).items():  # the server adds keys of its own
+    if declared.items() - _metadata(found).items():  # the server adds other keys
         different["metadata"] = (_metadata(found), declared)
     return different
 

@@ -35,7 +35,7 @@ def check_routing_slip(request: Request) -> None:
         raise InvalidRequest(f"then: {problem}", ({"field": "then", "problem": problem},))
     for index, step in enumerate(request.then):
         if step.uses_text and images:
-            raise _wrong(index, "prompt", f"{TEXT} follows a step that generates images")
+            raise _wrong(index, step.text_field, f"{TEXT} follows a step that generates images")
         if step.input_images == OUTPUTS and images == 0:
             raise _wrong(index, "images", f"{OUTPUTS} follows a step that generates a text")
         if step.splits and images is None:

@@ -14,7 +14,13 @@ TEXT = "$text"
 
 
 class Step(RequestPart):
-    """Base of the later steps of a routing slip. A subclass has a `task` and the parameters."""
+    """Base of the later steps of a routing slip. A subclass has a `task` and the parameters.
+
+    Attributes:
+        text_field: The field in which `$text` is replaced.
+    """
+
+    text_field: ClassVar[str] = "prompt"
 
     if TYPE_CHECKING:
         task: str
@@ -27,7 +33,8 @@ class Step(RequestPart):
     @property
     def input_images(self) -> tuple[ImageSource, ...] | str | None:
         """The input images, `$outputs` for those of the previous step, None for no images."""
-        return None
+        images: tuple[ImageSource, ...] | str | None = getattr(self, "images", None)
+        return images
 
     @property
     def uses_text(self) -> bool:
@@ -43,7 +50,7 @@ class Step(RequestPart):
         # Models read far fewer characters, so truncation at the limit of the contract does no harm.
         prompt = self.prompt.replace(TEXT, text)[:MAX_PROMPT]
         if not prompt.strip():
-            raise ValueError("prompt: the previous step returned an empty text")
+            raise ValueError(f"{self.text_field}: the previous step returned an empty text")
         return {"prompt": prompt}
 
     @property

@@ -110,12 +110,13 @@ class Runner(ABC, Generic[P]):
     ) -> Sequence[Output | Sequence[Output]]:
         """Run several requests with equal `batch_key`; see CONSUMER_MAX_BATCH.
 
-        Here `Context.step` does not raise: the others of the batch go on.
+        Here `Context.step` does not raise: the others of the batch go on. Without an
+        implementation the requests run one after the other.
 
         Returns:
             The outputs of each request, in their order; those of a cancelled request are dropped.
         """
-        raise NotImplementedError
+        return [self.run(*each) for each in zip(parameters, contexts, strict=True)]
 
     def close(self) -> None:
         """Release what `load` has taken. Called once, also if `load` has failed."""

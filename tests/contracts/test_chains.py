@@ -8,6 +8,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from generation_contracts import (
+    CustomRequest,
     ImageToTextRequest,
     InvalidRequest,
     Request,
@@ -146,6 +147,29 @@ def test_chain_positions() -> None:
     assert place_of(drawing(), "alone") is None
 
 
+def test_custom_steps_get_images_and_text() -> None:
+    step = {"task": "custom", "model": "tone", "parameters": {"text": "say $text", "speed": 2}}
+    ((task, following),) = next_requests(describing(step), "a", text_event("hello"))
+    assert isinstance(following, CustomRequest)
+    assert (task, following.model, following.images) == (Task.CUSTOM, "tone", None)
+    assert following.parameters == {"text": "say hello", "speed": 2}
+    with pytest.raises(InvalidRequest, match="empty text"):
+        next_requests(describing(step), "a", text_event(" "))
+    step = {"task": "custom", "images": "$outputs"}
+    ((_, following),) = next_requests(drawing(step), "a", images_event(2))
+    assert isinstance(following, CustomRequest)
+    assert len(following.images or ()) == 2
+
+
+def test_the_outputs_of_a_custom_step_are_known_when_it_has_ended() -> None:
+    request = read(Task.CUSTOM, {"then": [{**DESCRIBE, "images": "$outputs"}]})
+    check_routing_slip(request)
+    ((task, _),) = next_requests(request, "a", images_event(1))
+    assert task == Task.IMAGE_TO_TEXT
+    with pytest.raises(InvalidRequest, match="returned no image"):
+        next_requests(request, "a", text_event("a text"))
+
+
 def test_long_text_is_truncated_to_the_prompt_limit() -> None:
     ((_, following),) = next_requests(describing(DRAW), "first", text_event("x" * 2 * MAX_PROMPT))
     assert len(following.prompt) == MAX_PROMPT
@@ -162,6 +186,9 @@ def test_empty_text_makes_no_prompt() -> None:
     [
         (drawing(DRAW), "then.0.prompt"),
         (describing(DESCRIBE), "then.0.images"),
+        (read(Task.CUSTOM, {"then": [{**DESCRIBE, "each": True}]}), "then.0.each"),
+        (drawing({"task": "custom", "parameters": {"a": "$text"}}), "then.0.parameters"),
+        (describing({"task": "custom", "images": "$outputs"}), "then.0.images"),
         (drawing(DESCRIBE, DESCRIBE), "then.1.images"),
         (describing(DRAW, DESCRIBE, DRAW, DESCRIBE, DESCRIBE), "then.4.images"),
         (

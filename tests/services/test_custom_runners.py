@@ -1,4 +1,4 @@
-"""Custom runners in real workers, behind queues of their own."""
+"""Custom runners in real workers, each behind its own queue."""
 
 import asyncio
 import io

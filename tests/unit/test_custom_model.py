@@ -39,6 +39,7 @@ class Good(Runner[P]):
     def run(self, parameters, context):
         context.warn("a warning")
         context.step(1, 2)
+        AFTER_STEP.append(True)
         return OUTPUTS[parameters.kind]
 
     def batch_key(self, parameters):
@@ -54,7 +55,7 @@ class Good(Runner[P]):
     def close(self):
         CLOSED.append(True)
 
-CLOSED = []
+CLOSED, AFTER_STEP = [], []
 OUTPUTS = {
     "text": Text("a"), "json": [Json({"a": [1]}), Text("b")],
     "file": File(b"x", "audio/wav", "wav"),
@@ -63,6 +64,17 @@ OUTPUTS = {
     "media type": File(b"x", "audio/wav\\r\\nx: y", "wav"), "extension": File(b"x", "a/b", "../x"),
     "format": Image(Pillow.new("RGB", (2, 2)), "gif"), "no image": Image("a"),
 }
+
+class Loud(Good):
+    def run(self, parameters, context):
+        for number in range(30):
+            context.warn(str(number) * 600)
+        context.step(5, 2)
+        context.step(-1, 0)
+        return Text("a")
+
+class OneByOne(Good):
+    run_batch = Runner.run_batch
 
 class NoRun(Runner): pass
 class BadImages(Good): min_images = 3
@@ -142,6 +154,22 @@ def test_an_output_that_is_no_output_is_a_model_error(kind: str) -> None:
 def test_a_cancelled_run_is_interrupted_at_its_step() -> None:
     with pytest.raises(Interrupted):
         loaded("Good").run([run_of(cancelled=True)], save_memory=False)
+    assert sys.modules["scripted_runner"].AFTER_STEP == []
+
+
+@pytest.mark.usefixtures("module")
+def test_progress_and_warnings_are_bounded() -> None:
+    run = run_of()
+    (output,) = loaded("Loud").run([run], save_memory=False)
+    assert output is not None
+    assert [len(warning) for warning in output.warnings] == [500] * 20
+    assert run.progress.steps == [(2, 2), (0, 1)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("module")
+def test_a_batch_without_an_implementation_runs_one_by_one() -> None:
+    outputs = loaded("OneByOne").run([run_of(), run_of(kind="json")], save_memory=False)
+    assert [each and len(each.outputs) for each in outputs] == [1, 2]
 
 
 @pytest.mark.usefixtures("module")
@@ -151,8 +179,10 @@ def test_one_request_of_a_batch_is_cancelled() -> None:
     outputs = model.run(runs, save_memory=False)
     texts = [None if each is None else each.text.text for each in outputs]  # type: ignore[union-attr]
     assert texts == ["1", None, "3"]
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match="another number"):
         model.run([run_of(kind="short")] * 2, save_memory=False)
+    with pytest.raises(Interrupted):
+        model.run([run_of(cancelled=True)] * 2, save_memory=False)
     keys = [model.batch_key(CustomRequest(parameters={"kind": kind})) for kind in ("text", "json")]
     assert keys == ["text", "json"]
 

@@ -4,7 +4,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue
 
-from generation_contracts.artifacts import ImageSource
 from generation_contracts.base import RequestPart, Task
 from generation_contracts.envelope import TEXT, Request, Step
 from generation_contracts.fields import Images, Seed, StepImages
@@ -28,15 +27,11 @@ class CustomStep(CustomParameters, Step):
     `$text` in the values of `parameters` stands for the text of the previous step.
     """
 
+    text_field: ClassVar[str] = "parameters"
     task: Literal["custom"]
     images: StepImages | None = Field(
         default=None, description="`$outputs` (the images of the previous step) or a list"
     )
-
-    @property
-    def input_images(self) -> tuple[ImageSource, ...] | str | None:
-        """See `Step`."""
-        return self.images
 
     @property
     def uses_text(self) -> bool:
@@ -45,6 +40,8 @@ class CustomStep(CustomParameters, Step):
 
     def with_text(self, text: str) -> dict[str, Any]:
         """See `Step`."""
+        if self.uses_text and not text.strip():
+            raise ValueError(f"{self.text_field}: the previous step returned an empty text")
         replaced = {
             name: value.replace(TEXT, text) if isinstance(value, str) else value
             for name, value in self.parameters.items()

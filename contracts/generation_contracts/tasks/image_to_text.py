@@ -4,7 +4,6 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from generation_contracts.artifacts import ImageSource
 from generation_contracts.base import RequestPart, Task
 from generation_contracts.envelope import OUTPUTS, Request, Step
 from generation_contracts.fields import (
@@ -57,11 +56,6 @@ class ImageToTextStep(ImageToTextParameters, Step):
         default="$outputs", description="`$outputs` (the images of the previous step) or a list"
     )
     each: bool = Field(default=False, description="one request per image instead of one for all")
-
-    @property
-    def input_images(self) -> tuple[ImageSource, ...] | str | None:
-        """See `Step`."""
-        return self.images
 
     @property
     def splits(self) -> bool:
